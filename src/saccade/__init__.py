@@ -1,0 +1,29 @@
+"""saccade: attention as a small program that runs fast, trains, shows its weights and lets you change them."""
+
+from .core import edits, masks, normalizers, scores, selectors, stats
+from .core.attend import Explanation, attention, explain, weights
+from .core.errors import SpecError, Unsupported
+from .core.masks import block_map
+from .core.spec import Attention
+from .core.tile import At, Region
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "At",
+    "Attention",
+    "Explanation",
+    "Region",
+    "SpecError",
+    "Unsupported",
+    "attention",
+    "block_map",
+    "edits",
+    "explain",
+    "masks",
+    "normalizers",
+    "scores",
+    "selectors",
+    "stats",
+    "weights",
+]

@@ -1,0 +1,1 @@
+"""The engine: tensors only. No model, no paper, no host library."""

@@ -1,0 +1,312 @@
+"""The band executor: pure PyTorch, any device, forward and backward by recomputation.
+
+For each strip (see :mod:`layout`) the scores of its rows against exactly the keys they may see go into one reused
+buffer; they are masked, normalized and edited there, stats are reduced, and the product with the values is written.
+Memory beyond the results is one tile, whatever N is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .layout import Gathered, Layout, Shape, Strip, lay_out
+from .program import Program
+from .selectors import Selection
+from .spec import Attention
+from .stats import Stat
+
+ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+def why_not(spec: Attention, stats: Sequence[Stat]) -> str | None:
+    """The reason why the band cannot run this, or ``None``."""
+    if spec.select is None:
+        return None
+    if spec.mixes_heads:
+        return "a part mixes heads, and select= gives each head its own keys"
+    for stat in stats:
+        if spec.select.rows % stat.block[0]:
+            return (
+                f"{type(stat).__name__} counts blocks of {stat.block[0]} rows, which do not divide the selection's"
+                f" {spec.select.rows}"
+            )
+    return None
+
+
+def run(
+    program: Program, shape: Shape, selection: Selection | None, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Attention and the whole tensors of each stat.
+
+    Args:
+        program: spec and stats.
+        shape: sizes.
+        selection: chosen blocks, if the spec selects.
+        q: prepared queries ``[B, H, N, D]``.
+        k, v: prepared keys ``[B, Hkv, M, D]`` and values.
+    """
+    multiple = max((s.block[0] for s in program.stats), default=1)
+    for stat in program.stats:
+        while multiple % stat.block[0]:
+            multiple += max(s.block[0] for s in program.stats)
+    layout = lay_out(
+        shape, program.spec.mask, all_heads=program.spec.mixes_heads, row_multiple=multiple, selection=selection
+    )
+    n, m = shape.n, shape.m
+    inner = layout.shape
+    q = _pad(q.reshape(inner.groups, inner.rep, n, q.shape[-1]), layout.row_multiple)
+    k = _pad(k.reshape(shape.groups, m, k.shape[-1]), layout.column_multiple)
+    v = _pad(v.reshape(shape.groups, m, v.shape[-1]), layout.column_multiple)
+    learned = program.spec.learned()
+    out, *flat = _Band.apply(program, layout, q, k, v, *learned)
+    out = out[:, :, :n].reshape(shape.batch, shape.heads, n, v.shape[-1])
+    whole: list[list[Tensor]] = []
+    for stat in program.stats:
+        count = len(stat.widths(m))
+        tensors, flat = flat[:count], flat[count:]
+        trimmed = []
+        for x in tensors:
+            x = x.reshape(shape.batch, shape.heads, *x.shape[2:])
+            if stat.axis == "rows":
+                x = x[:, :, :n]
+            elif stat.axis in ("keys", "chosen"):
+                x = x[..., :m]
+            else:
+                x = x[:, :, : -(-n // stat.block[0])]
+            trimmed.append(x)
+        whole.append(trimmed)
+    return out, whole
+
+
+def _pad(x: Tensor, multiple: int) -> Tensor:
+    missing = -x.shape[-2] % multiple
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+class _Scratch:
+    """Buffers that every tile of a call reuses, one per dtype and purpose."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.buffers: dict[tuple[torch.dtype, str], Tensor] = {}
+
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype, purpose: str = "tile") -> Tensor:
+        size = torch.Size(shape).numel()
+        buffer = self.buffers.get((dtype, purpose))
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[dtype, purpose] = torch.empty(size, dtype=dtype, device=self.device)
+        return buffer[:size].view(shape)
+
+
+def _scores(program: Program, strip: Strip | Gathered, q: Tensor, k: Tensor, scratch: _Scratch) -> Tensor:
+    """Scores of a strip in the accumulation dtype (in the input's own if the program is plain)."""
+    scale = program.spec.form.scale(q.shape[-1])
+    rows, keys = strip.rows(q), strip.keys(k)
+    if scale is None:
+        g, rep, n, m = strip.tile
+        tile = program.spec.form.tile(rows.unflatten(1, (rep, n)), keys[:, None])
+        return tile.to(ACCUMULATE.get(tile.dtype, tile.dtype))
+    flat = scratch((rows.shape[0], rows.shape[1], keys.shape[1]), q.dtype, "scores")
+    torch.baddbmm(flat, rows, keys.mT, beta=0, alpha=scale, out=flat)
+    tile = flat.view(strip.tile)
+    wide = ACCUMULATE.get(q.dtype, q.dtype)
+    return tile if wide == q.dtype or program.plain else scratch(strip.tile, wide, "wide").copy_(tile)
+
+
+def _values(strip: Strip | Gathered, weights: Tensor, v: Tensor) -> Tensor:
+    """Weights times values, ``[g, rep, n, D]``."""
+    g, rep, n, m = strip.tile
+    return torch.bmm(weights.reshape(g, rep * n, m).to(v.dtype), strip.keys(v)).view(g, rep, n, -1)
+
+
+class _Places:
+    """Where each stat's tensors are written, and read back for their gradients."""
+
+    def __init__(self, program: Program, layout: Layout):
+        self.stats, self.shape = program.stats, layout.shape
+        self.rows = -(-self.shape.n // layout.row_multiple) * layout.row_multiple
+        self.columns = -(-self.shape.m // layout.column_multiple) * layout.column_multiple
+
+    def empty(self, like: Tensor) -> list[list[Tensor]]:
+        """Zeros (what a row or key that no tile touches gets) for every stat."""
+        shape = self.shape
+        heads = (shape.groups, shape.rep)
+        whole = []
+        for stat in self.stats:
+            fill = float("-inf") if stat.needs & {"lse", "maximum"} else 0.0
+            if stat.axis == "rows":
+                sizes = [(*heads, self.rows, *width) for width in stat.widths(shape.m)]
+            elif stat.axis == "keys":
+                sizes = [(*heads, self.columns)]
+            elif stat.axis == "blocks":
+                sizes = [(*heads, -(-self.rows // stat.block[0]), -(-shape.m // stat.block[1]))]
+            else:
+                sizes = [(*heads, len(stat.chosen(shape.n)), self.columns)]  # type: ignore[attr-defined]
+            whole.append([like.new_full(size, fill) for size in sizes])
+        return whole
+
+    def put(self, strip: Strip | Gathered, whole: list[list[Tensor]], seen: list[tuple[Tensor, ...]]) -> None:
+        for stat, tensors, pieces in zip(self.stats, whole, seen, strict=True):
+            for i, piece in enumerate(pieces):
+                if stat.axis == "rows":
+                    if not piece.is_floating_point() and tensors[i].is_floating_point():
+                        tensors[i] = tensors[i].long().fill_(-1)  # key numbers; -1: none
+                    strip.put_rows(tensors[i], piece)
+                elif stat.axis == "keys":
+                    strip.add_columns(tensors[i], piece)
+                elif stat.axis == "blocks":
+                    strip.put_blocks(tensors[i], piece, stat.block[0])
+                else:
+                    strip.put_chosen(tensors[i], piece, stat.chosen(self.shape.n))  # type: ignore[attr-defined]
+
+    def take(self, strip: Strip | Gathered, index: int, grad: Tensor) -> Tensor:
+        stat = self.stats[index]
+        if stat.axis == "rows":
+            return strip.get_rows(grad)
+        if stat.axis == "keys":
+            return strip.get_columns(grad)
+        if stat.axis == "blocks":
+            return strip.get_blocks(grad, stat.block[0])
+        return strip.get_chosen(grad, stat.chosen(self.shape.n))  # type: ignore[attr-defined]
+
+
+class _Band(torch.autograd.Function):
+    """Forward and backward of a whole call; the graph holds the inputs, never a tile."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *learned: Tensor
+    ) -> tuple[Tensor, ...]:
+        scratch = _Scratch(q.device)
+        places = _Places(program, layout)
+        wide = torch.empty(0, dtype=ACCUMULATE.get(q.dtype, q.dtype), device=q.device)
+        whole = places.empty(wide)
+        out = v.new_zeros(*q.shape[:3], v.shape[-1])
+        for strip in layout.strips:
+            tile = _scores(program, strip, q, k, scratch)
+            weights, seen = program.fast(tile, strip.at, strip.hidden(), _may_be_empty(program, strip))
+            strip.put_rows(out, _values(strip, weights, v))
+            places.put(strip, whole, seen)
+        flat = [x for tensors in whole for x in tensors]
+        ctx.mark_non_differentiable(*[x for x in flat if not x.is_floating_point()])
+        ctx.program, ctx.layout, ctx.learned = program, layout, learned
+        ctx.save_for_backward(q, k, v)
+        ctx.set_materialize_grads(False)
+        return (out, *flat)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, *grad_seen: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        program, layout, learned = ctx.program, ctx.layout, ctx.learned
+        if grad_out is None:
+            grad_out = v.new_zeros(*q.shape[:3], v.shape[-1])
+        wide = ACCUMULATE.get(q.dtype, q.dtype)
+        dq = torch.zeros_like(q)
+        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        d_learned = [torch.zeros_like(t) for t in learned]
+        closed = program.closed_backward and program.spec.form.scale(q.shape[-1]) is not None
+        closed = closed and all(g is None for g in grad_seen)
+        scratch = _Scratch(q.device)
+        for strip in layout.strips:
+            step = _closed_step if closed else _autograd_step
+            step(program, layout, strip, scratch, (q, k, v), (dq, dk, dv), grad_out, grad_seen, learned, d_learned)
+        return None, None, dq, dk.to(k.dtype), dv.to(v.dtype), *d_learned
+
+
+def _may_be_empty(program: Program, strip: Strip | Gathered) -> bool:
+    """Could a row of this strip see nothing? A plain function may hide keys by a score of -inf."""
+    return strip.may_be_empty or any(hasattr(s, "function") for s in program.spec.modifiers)
+
+
+def _closed_step(
+    program: Program, layout: Layout, strip: Strip | Gathered, scratch: _Scratch, inputs: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...], grad_out: Tensor, grad_seen: Sequence[Tensor | None], learned: Sequence[Tensor],
+    d_learned: list[Tensor],
+) -> None:  # fmt: skip
+    """Gradients of one strip from its weights alone."""
+    q, k, v = inputs
+    dq, dk, dv = grads
+    g, rep, n, m = strip.tile
+    at = strip.at
+    scale = program.spec.form.scale(q.shape[-1])
+    assert scale is not None
+    tile = _scores(program, strip, q, k, scratch)
+    weights = program.normalize(tile, at, strip.hidden(), _may_be_empty(program, strip))
+    edits = program.spec.changes
+    edited = weights
+    if edits:
+        edited = scratch(weights.shape, weights.dtype, "edited").copy_(weights)
+        for edit in edits:
+            edited = edit.inplace(edited, at, None)
+    d_rows = strip.get_rows(grad_out).reshape(g, rep * n, -1)
+    strip.add_keys(dv, torch.bmm(edited.reshape(g, rep * n, m).mT.to(d_rows.dtype), d_rows))
+    d_flat = scratch((g, rep * n, m), q.dtype, "grad")
+    torch.bmm(d_rows, strip.keys(v).mT, out=d_flat)
+    d_tile = d_flat.view(strip.tile)
+    if d_tile.dtype != weights.dtype:
+        d_tile = scratch(strip.tile, weights.dtype, "wide grad").copy_(d_tile)
+    for edit in edits:  # each multiplies by what does not depend on the weights, so the order is free
+        d_tile = edit.inplace(d_tile, at, None)
+    d_scores = program.spec.normalizer.backward_inplace(weights, d_tile, at)
+    assert d_scores is not None
+    d_scores = d_scores.reshape(g, rep * n, m).to(q.dtype)
+    rows = torch.bmm(d_scores, strip.keys(k)).mul_(scale)
+    strip.put_rows(dq, rows.view(g, rep, n, -1))
+    strip.add_keys(dk, torch.bmm(d_scores.mT, strip.rows(q)).mul_(scale))
+
+
+def _autograd_step(
+    program: Program, layout: Layout, strip: Strip | Gathered, scratch: _Scratch, inputs: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...], grad_out: Tensor, grad_seen: Sequence[Tensor | None], learned: Sequence[Tensor],
+    d_learned: list[Tensor],
+) -> None:  # fmt: skip
+    """Gradients of one strip through autograd over the definition of the tile."""
+    q, k, v = inputs
+    dq, dk, dv = grads
+    g, rep, n, m = strip.tile
+    scale = program.spec.form.scale(q.shape[-1])
+    d_rows = strip.get_rows(grad_out).reshape(g, rep * n, -1)
+    rows, keys, values = strip.rows(q), strip.keys(k), strip.keys(v)
+    tile = None if scale is None else _scores(program, strip, q, k, scratch)
+    with torch.enable_grad():
+        if tile is None:
+            sources = [rows.detach().requires_grad_(), keys.detach().requires_grad_()]
+            tile = program.spec.form.tile(sources[0].unflatten(1, (rep, n)), sources[1][:, None])
+            tile = tile.to(ACCUMULATE.get(tile.dtype, tile.dtype))
+        else:
+            sources = [tile.detach().requires_grad_()]
+            tile = sources[0]
+        weights, seen = program.define(tile, strip.at, strip.hidden())
+    d_weights = torch.bmm(d_rows, values.mT).view(strip.tile).to(weights.dtype)
+    outputs, gradients = [weights], [d_weights]
+    places = _Places(program, layout)
+    flat = iter(grad_seen)
+    for index, pieces in enumerate(seen):
+        for piece in pieces:
+            grad = next(flat)
+            if grad is not None and piece.requires_grad:
+                outputs.append(piece)
+                gradients.append(places.take(strip, index, grad).view(piece.shape))
+    found = torch.autograd.grad(outputs, [*sources, *learned], gradients, allow_unused=True)
+    for total, part in zip(d_learned, found[len(sources) :], strict=True):
+        if part is not None:
+            total += part
+    flat_weights = weights.detach().reshape(g, rep * n, m).to(d_rows.dtype)
+    strip.add_keys(dv, torch.bmm(flat_weights.mT, d_rows))
+    if scale is None:
+        d_query, d_key = found[:2]
+        assert d_query is not None and d_key is not None
+    else:
+        d_scores = found[0]
+        assert d_scores is not None
+        d_scores = d_scores.reshape(g, rep * n, m).to(q.dtype)
+        d_query = torch.bmm(d_scores, keys).mul_(scale)
+        d_key = torch.bmm(d_scores.mT, rows).mul_(scale)
+    strip.put_rows(dq, d_query.view(g, rep, n, -1))
+    strip.add_keys(dk, d_key)

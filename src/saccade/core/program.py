@@ -1,0 +1,152 @@
+"""A spec and its stats as what happens to one tile: the definition, and its fast twin."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import scores
+from .normalizers import HIDDEN, Normalizer, Softmax
+from .spec import Attention
+from .stats import Stat
+from .tile import At, Tile
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Keys ``start`` to ``stop`` of a tile where the mask must be looked at: ``hidden`` broadcasts against them."""
+
+    start: int
+    stop: int
+    hidden: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)
+
+
+class Program:
+    """What happens between the scores of a tile and its weights.
+
+    Args:
+        spec: the attention program.
+        stats: what to look at.
+        compile: fuse the plain functions of ``score`` with ``torch.compile`` where no gradient is wanted.
+    """
+
+    def __init__(self, spec: Attention, stats: Sequence[Stat] = (), compile: bool = False):
+        self.spec, self.stats = spec, tuple(stats)
+        self.compile = compile
+        self.needs = frozenset().union(*(s.needs for s in self.stats)) if self.stats else frozenset()
+        self.needs_visible = any(e.needs_visible for e in spec.changes)
+        self.keeps_unedited = bool(len(spec.edits)) and any(not s.edited for s in self.stats)
+
+    @property
+    def plain(self) -> bool:
+        """Softmax of the scores as they are: no modifier, edit or stat stands between the products."""
+        softmax = isinstance(self.spec.normalizer, Softmax) and self.spec.normalizer.sink is None
+        return softmax and not len(self.spec.scores) and not len(self.spec.edits) and not self.stats
+
+    @property
+    def closed_backward(self) -> bool:
+        """Can the gradient of the scores be had from the weights, without autograd?"""
+        spec = self.spec
+        return (
+            all(s.shift for s in spec.modifiers)
+            and all(e.linear for e in spec.changes)
+            and not spec.learned()
+            and type(spec.normalizer).backward_inplace is not Normalizer.backward_inplace
+        )
+
+    def define(self, tile: Tensor, at: At, hidden: Sequence[Hidden]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Weights and what each stat sees, out of place and differentiable: the definition."""
+        for modifier in self.spec.modifiers:
+            tile = modifier(tile, at)
+        if hidden:
+            tile = tile.clone()
+            for run in hidden:
+                tile[..., run.start : run.stop].masked_fill_(run.hidden, HIDDEN)
+        visible = tile > HIDDEN if self.needs_visible else None
+        unedited = weights = self.spec.normalizer(tile, at)
+        for edit in self.spec.changes:
+            weights = edit(weights, at, visible)
+        seen = Tile(at, weights, unedited)
+        if "scores" in self.needs:
+            seen.scores = tile
+        if "maximum" in self.needs:
+            seen.maximum = tile.amax(-1)
+        if "lse" in self.needs:
+            seen.lse = _logsumexp(tile)
+        return weights, [stat.see(seen) for stat in self.stats]
+
+    def fast(
+        self, tile: Tensor, at: At, hidden: Sequence[Hidden], may_be_empty: bool
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """The same where no gradient is wanted; overwrites ``tile``."""
+        normalizer = self.spec.normalizer
+        tile = self.mask_scores(tile, at, hidden)
+        visible = tile > HIDDEN if self.needs_visible else None
+        kept = tile.clone() if "scores" in self.needs else None
+        top = tile.amax(-1) if may_be_empty or self.needs & {"maximum", "lse"} else None
+        lse = None
+        if isinstance(normalizer, Softmax):
+            weights, lse = normalizer.inplace_with_lse(tile, at, top)
+            if may_be_empty:
+                assert top is not None
+                _clear(weights, top)
+        else:
+            if "lse" in self.needs:
+                lse = _logsumexp(tile)
+            weights = normalizer.inplace(tile, at)
+        unedited = weights.clone() if self.keeps_unedited else weights
+        for edit in self.spec.changes:
+            weights = edit.inplace(weights, at, visible)
+        seen = Tile(at, weights, unedited, kept, top, lse)
+        return weights, [stat.see(seen) for stat in self.stats]
+
+    def normalize(self, tile: Tensor, at: At, hidden: Sequence[Hidden], may_be_empty: bool) -> Tensor:
+        """Weights before the edits, in place: what the closed backward starts from."""
+        tile = self.mask_scores(tile, at, hidden)
+        top = tile.amax(-1) if may_be_empty and isinstance(self.spec.normalizer, Softmax) else None
+        weights = self.spec.normalizer.inplace(tile, at)
+        if top is not None:
+            _clear(weights, top)
+        return weights
+
+    def mask_scores(self, tile: Tensor, at: At, hidden: Sequence[Hidden]) -> Tensor:
+        """Modified scores with ``-inf`` where the mask hides a key, in place where possible."""
+        for modifier in self.spec.modifiers:
+            if self.compile and isinstance(modifier, scores.Function):
+                tile = _compiled(modifier.function)(tile, *at.indices).to(tile.dtype)
+            else:
+                tile = modifier.inplace(tile, at)
+        if hidden and not tile.is_contiguous():  # a function may return an expanded tile
+            tile = tile.contiguous()
+        for run in hidden:
+            tile[..., run.start : run.stop].masked_fill_(run.hidden, HIDDEN)
+        return tile
+
+    def finish(self, whole: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+        """Results by name from the whole tensors of every stat."""
+        return {s.label: s.finish(*tensors) for s, tensors in zip(self.stats, whole, strict=True)}
+
+
+def _logsumexp(tile: Tensor) -> Tensor:
+    """``torch.logsumexp`` whose gradient is zero, not NaN, for a row of ``-inf``."""
+    top = tile.amax(-1, keepdim=True)
+    empty = top == HIDDEN
+    safe = tile.masked_fill(empty, 0)
+    return torch.logsumexp(safe, -1).masked_fill(empty[..., 0], HIDDEN)
+
+
+def _clear(weights: Tensor, top: Tensor) -> None:
+    """Zero the rows that see nothing, where softmax gives NaN."""
+    empty = top == HIDDEN
+    if weights.device.type != "cpu" or bool(empty.any()):
+        weights.masked_fill_(empty[..., None], 0)

@@ -1,0 +1,238 @@
+"""A tile of the score matrix, where it lies, and the base of every part that works on one.
+
+A tile has four dimensions ``[g, r, n, m]``: two that together run over batch and heads, then query rows, then
+keys. Executors are free to choose how batch and heads are laid out over the first two; parts never look at the
+layout, they use the index tensors of :class:`At`, which broadcast against the tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SpecError
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a tile lies in the ``[B, H, N, M]`` matrix.
+
+    ``b, h, q, k`` are int64 index tensors with four dimensions that broadcast against the tile; ``q`` counts the
+    queries of this call from 0. ``offset`` is the place of query 0 among the keys, so ``row = q + offset`` and a
+    causal query sees the keys ``k <= row``. ``counted`` says that the caller gave the offset: then plain
+    functions see ``row``, else they see ``q`` as in FlexAttention.
+    """
+
+    b: Tensor
+    h: Tensor
+    q: Tensor
+    k: Tensor
+    batch: int
+    heads: int
+    n: int
+    m: int
+    offset: int
+    counted: bool = False
+
+    @cached_property
+    def row(self) -> Tensor:
+        """Positions of the queries among the keys."""
+        return self.q + self.offset if self.offset else self.q
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """``row - k``: how far back the key lies (negative: in the future)."""
+        return self.row - self.k
+
+    @property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``b, h, q, k`` as plain functions see them."""
+        return self.b, self.h, self.row if self.counted else self.q, self.k
+
+    def columns(self, start: int, stop: int) -> At:
+        """The same place, narrowed to some of the tile's keys."""
+        k = self.k[..., start:stop]
+        return At(self.b, self.h, self.q, k, self.batch, self.heads, self.n, self.m, self.offset, self.counted)
+
+    def split_heads(self, tile: Tensor) -> Tensor:
+        """View a tile that covers all heads as ``[b, H, n, m]``, for parts that mix heads."""
+        return tile.reshape(-1, self.heads, *tile.shape[-2:])
+
+    @staticmethod
+    def everywhere(
+        batch: int, heads: int, n: int, m: int, offset: int, counted: bool, device: torch.device
+    ) -> At:
+        """The place of the whole matrix."""
+        b, h, q, k = (torch.arange(size, device=device) for size in (batch, heads, n, m))
+        return At(
+            b[:, None, None, None],
+            h[None, :, None, None],
+            q[None, None, :, None],
+            k[None, None, None, :],
+            batch,
+            heads,
+            n,
+            m,
+            offset,
+            counted,
+        )
+
+
+@dataclass
+class Tile:
+    """What stats look at: scores before the normalizer (where asked for), weights after it, and the place.
+
+    ``weights`` are the edited ones that multiply the values, ``unedited`` those the normalizer gave. ``maximum`` and
+    ``lse`` are row statistics of the masked scores, ``[g, r, n]``.
+    """
+
+    at: At
+    weights: Tensor
+    unedited: Tensor
+    scores: Tensor | None = None
+    maximum: Tensor | None = None
+    lse: Tensor | None = None
+
+
+class Part(nn.Module):
+    """A piece of an attention program. Learned tensors are parameters, given ones are buffers."""
+
+    def hold(self, name: str, value: Tensor | float | None) -> None:
+        """Keep a tensor so that ``.to()`` moves it, gradients reach it, and a parameter stays one."""
+        if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+            setattr(self, name, value)
+        else:
+            self.register_buffer(name, value, persistent=False)
+
+    def extra_repr(self) -> str:
+        """Show settings, and tensors by shape."""
+        shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        shown |= {k: tuple(v.shape) for k, v in self.named_parameters(recurse=False)}
+        shown |= {k: tuple(v.shape) for k, v in self.named_buffers(recurse=False)}
+        return ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in shown.items())
+
+    def learned(self) -> list[Tensor]:
+        """Every tensor that wants a gradient: parameters, given tensors, and what plain functions captured."""
+        found: dict[int, Tensor] = {}
+        for part in self.modules():
+            for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+                found[id(tensor)] = tensor
+            function = getattr(part, "function", None)
+            if callable(function):
+                found |= {id(t): t for t in captured(function)}
+        return [t for t in found.values() if t.requires_grad]
+
+
+def captured(function: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Yield the tensors a function closes over: closures, partials, bound methods, modules, containers."""
+    if isinstance(function, Tensor):
+        yield function
+    elif depth == 0:
+        return
+    elif isinstance(function, nn.Module):
+        yield from function.parameters()
+        yield from function.buffers()
+    elif isinstance(function, (list, tuple)):
+        for item in function:
+            yield from captured(item, depth - 1)
+    elif isinstance(function, dict):
+        yield from captured(list(function.values()), depth)
+    elif isinstance(function, functools.partial):
+        yield from captured([function.func, *function.args, *function.keywords.values()], depth - 1)
+    elif isinstance(function, types.MethodType):
+        yield from captured([function.__self__, function.__func__], depth - 1)
+    elif isinstance(function, types.FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+        names = function.__code__.co_names
+        cells += [function.__globals__[n] for n in names if isinstance(function.__globals__.get(n), Tensor)]
+        yield from captured([*cells, *(function.__defaults__ or ())], depth)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  (an empty cell raises)
+    except ValueError:
+        return False
+    return True
+
+
+def per_row(tensor: Tensor, at: At, what: str) -> Tensor:
+    """Look up a tensor that broadcasts to ``[B, H, N]`` at a tile's rows: a tensor ``[g, r, n, 1]`` or smaller."""
+    if tensor.ndim > 3:
+        raise SpecError(f"{what} must broadcast to [B, H, N]; got shape {tuple(tensor.shape)}")
+    full = tensor[(None,) * (3 - tensor.ndim)]
+    for size, wanted, name in zip(full.shape, (at.batch, at.heads, at.n), ("B", "H", "N"), strict=True):
+        if size not in (1, wanted):
+            raise SpecError(
+                f"{what} has shape {tuple(tensor.shape)}, which does not broadcast to [B, H, N] ="
+                f" {[at.batch, at.heads, at.n]}: {name} is {wanted} here. Shape per-head values [H, 1]."
+            )
+    index = (at.b, at.h, at.q)
+    return full[tuple(i if size > 1 else torch.zeros_like(i) for i, size in zip(index, full.shape, strict=True))]
+
+
+def per_head(value: Tensor | float, at: At, what: str) -> Tensor | float:
+    """Look up a scalar, a float or a tensor ``[H]`` at a tile's heads."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if value.shape != (at.heads,):
+        raise SpecError(f"{what} must be a scalar or one value per head [{at.heads}]; got {tuple(value.shape)}")
+    return value[at.h]
+
+
+class Region:
+    """A set of (query, key, head) places given by what is at hand: slices, indices, masks, a function.
+
+    ``keys`` and ``queries`` count positions among the keys: a slice, an int, a list or tensor of ints, a bool
+    tensor ``[M]`` or ``[B, M]``, or a callable ``f(b, h, q, k) -> bool``. ``heads``: an int, a list or a slice.
+    ``None`` means all.
+    """
+
+    def __init__(self, keys: Any = None, queries: Any = None, heads: Any = None):
+        self.keys, self.queries, self.heads = keys, queries, heads
+
+    def __repr__(self) -> str:
+        parts = [f"{n}={v}" for n, v in vars(self).items() if v is not None]
+        return f"Region({', '.join(parts)})"
+
+    def where(self, at: At) -> Tensor | None:
+        """Bool tensor that broadcasts against the tile; ``None`` for everywhere."""
+        found = None
+        for chosen, index, size, name in (
+            (self.keys, at.k, at.m, "keys"),
+            (self.queries, at.row, at.n + at.offset, "queries"),
+            (self.heads, at.h, at.heads, "heads"),
+        ):
+            if chosen is None:
+                continue
+            inside = self._inside(chosen, index, size, name, at)
+            found = inside if found is None else found & inside
+        return found
+
+    @staticmethod
+    def _inside(chosen: Any, index: Tensor, size: int, name: str, at: At) -> Tensor:
+        if callable(chosen) and not isinstance(chosen, Tensor):
+            return chosen(*at.indices)
+        if isinstance(chosen, slice):
+            start, stop, step = chosen.indices(size)
+            if step < 1:
+                raise SpecError(f"{name}={chosen}: a region's slice must run forward (step >= 1)")
+            inside = (index >= start) & (index < stop)
+            return inside if step == 1 else inside & ((index - start) % step == 0)
+        table = torch.as_tensor(chosen, device=index.device)
+        if table.dtype == torch.bool:
+            if table.shape[-1] != size or table.ndim > 2:
+                raise SpecError(f"{name}: a bool tensor must be [{size}] or [B, {size}]; got {tuple(table.shape)}")
+            return table[index] if table.ndim == 1 else table[at.b, index]
+        table = table.reshape(-1)
+        outside = table[(table < -size) | (table >= size)]
+        if len(outside):
+            raise SpecError(f"{name}: {outside.tolist()} lie outside 0..{size - 1}")
+        return torch.isin(index, table % size)
