@@ -15,9 +15,7 @@ from saccade.worlds.text import BOS, decode, encode, heldout, text
 PROSE = b"It was a bright cold day, and the clocks were striking. " * 60
 
 
-@given(
-    task=st.sampled_from(sorted(TASKS)), length=st.integers(96, 3000), seed=st.integers(-(2**40), 2**40)
-)
+@given(task=st.sampled_from(sorted(TASKS)), length=st.integers(96, 3000), seed=st.integers(-(2**40), 2**40))
 @settings(max_examples=150, deadline=None)
 def test_answers_equal_their_evidence_and_lengths_are_exact(task: str, length: int, seed: int) -> None:
     for example in islice(TASKS[task](length, seed), 2):
@@ -51,20 +49,34 @@ def test_the_tasks_of_one_seed_do_not_share_their_randomness() -> None:
 def test_recall_asks_every_key_once_and_a_key_stands_nowhere_else(pairs: int, seed: int) -> None:
     example = next(recall(1100, seed, pairs=pairs))
     page = decode(example.tokens)
-    asked = [page[a.start - 4 : a.start - 2] for a in example.answers]
+    # In the page, without BOS, what token a.start says stands at a.start - 1.
+    asked = [page[a.start - 3 : a.start - 1] for a in example.answers]
     assert len(set(asked)) == pairs == len(asked) and set(asked) <= set(KEYS)
     for a, key in zip(example.answers, asked, strict=True):
-        # In the page, without BOS, the value of a token position stands one byte earlier.
         assert page.count(key) == 2
-        assert page[a.evidence_start - 4 : a.evidence_start - 1] == f"{key}="
-        assert page[a.start - 5 : a.start - 1] == f"?{key}="
-    assert any(a.evidence_start > b.evidence_start for a, b in zip(example.answers, example.answers[1:])) or (
-        pairs < 8
-    )
+        assert page[a.evidence_start - 3 : a.evidence_start - 1] == key
+        assert page[a.start - 4 : a.start - 1] == f"?{key}"
+
+
+def test_recall_asks_in_another_order() -> None:
+    evidence = [a.evidence_start for a in next(recall(1100, 0, pairs=40)).answers]
+    assert evidence != sorted(evidence)
 
 
 def test_recall_can_ask_fewer_than_all() -> None:
     assert len(next(recall(256, 0, pairs=10, queries=3)).answers) == 3
+
+
+def test_recall_asks_none_again_before_all_were_asked() -> None:
+    evidence = [a.evidence_start for a in next(recall(256, 0, pairs=5, queries=13)).answers]
+    for asked in (evidence[:5], evidence[5:10], evidence[10:]):
+        assert len(set(asked)) == len(asked)
+    assert len(set(evidence)) == 5
+
+
+def test_copy_can_be_asked_several_times() -> None:
+    example = next(copy(300, 0, size=9, times=4))
+    assert len(example.answers) == 4 and len({a.evidence_start for a in example.answers}) == 1
 
 
 @given(depth=st.floats(0, 1), seed=st.integers(0, 10_000))
@@ -94,7 +106,7 @@ def test_lookup_asks_the_pair_at_its_depth(depth: float, index: int) -> None:
     example = next(lookup(512, 5, pairs=21, depth=depth))
     (a,) = example.answers
     page = decode(example.tokens)
-    assert page[: a.evidence_start - 1].count("=") == index + 1
+    assert page[: a.evidence_start - 1].count(";") == index
 
 
 @pytest.mark.parametrize("depth", [0.0, 1.0])
@@ -112,9 +124,9 @@ def test_prose_around_a_needle_is_the_haystack_given() -> None:
 
 def test_shortest_lengths_work_and_one_less_is_refused() -> None:
     for task, shortest, options in (
-        (needle, 1 + 2 * 26 + 2, {}),
-        (recall, 1 + 2 * 6 * 3, {"pairs": 3}),
-        (lookup, 1 + 6 * 4, {"pairs": 3}),
+        (needle, 1 + 2 * 27 + 2, {}),
+        (recall, 1 + 2 * 5 * 3, {"pairs": 3}),
+        (lookup, 1 + 5 * 4, {"pairs": 3}),
         (copy, 1 + 2 * (7 + 5) + 2, {"size": 5}),
     ):
         example = next(task(shortest, 0, **options))
@@ -131,7 +143,8 @@ def test_shortest_lengths_work_and_one_less_is_refused() -> None:
         (lambda: needle(256, 0, needles=0), "expected needles to be 1 to 676, got 0"),
         (lambda: needle(256, 0, haystack=b"short"), "expected a text of at least"),
         (lambda: recall(9000, 0, pairs=677), "expected pairs to be 1 to 676, got 677"),
-        (lambda: recall(256, 0, pairs=3, queries=4), "expected queries to be 1 to 3, got 4"),
+        (lambda: recall(256, 0, pairs=3, queries=0), "expected queries to be at least 1, got 0"),
+        (lambda: copy(256, 0, times=0), "expected times to be at least 1, got 0"),
         (lambda: copy(256, 0, size=0), "expected size to be at least 1, got 0"),
         (lambda: text(1, 0), "expected length >= 2"),
     ],
@@ -156,5 +169,5 @@ def test_heldout_is_plain_prose_with_its_licence() -> None:
 
 
 def test_encode_and_decode_are_inverse() -> None:
-    page = "caf\u00e9 AB=37;"
+    page = "caf\u00e9 AB37;"
     assert decode(encode(page.encode())) == page

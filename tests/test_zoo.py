@@ -55,20 +55,30 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
     assert card["steps"] == 3 and card["recipe"]["hidden"] == 32
 
 
-def test_two_workers_stay_equal_and_learn(tmp_path: Path) -> None:
+def test_two_workers_train_together(tmp_path: Path) -> None:
     told: list[int] = []
     after = tiny(tmp_path / "two", threads=2, on_step=told.append)
     assert told == [1, 2, 3]
     assert all(bool(p.isfinite().all()) for p in after.values())
-    # One worker alone sees other rows: had the gradients not been shared, the two runs would agree in part.
-    assert not torch.equal(
-        after["model.embed_tokens.weight"], tiny(tmp_path / "one")["model.embed_tokens.weight"]
-    )
+
+
+def average_in_a_worker(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/m", rank=rank, world_size=2)
+    params = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    for i, p in enumerate(params):
+        p.grad = torch.full_like(p, 10.0 * i + rank)
+    lm._average(params, 2)
+    assert [p.grad.unique().tolist() for p in params] == [[0.5], [10.5]]
+    torch.distributed.destroy_process_group()
+
+
+def test_workers_share_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(average_in_a_worker, (str(tmp_path),), nprocs=2)
 
 
 def test_a_resume_file_of_another_run_is_refused(tmp_path: Path) -> None:
     tiny(tmp_path / "run")
-    with pytest.raises(ValueError, match="'seed': \\(0, 5\\).*resume=False"):
+    with pytest.raises(ValueError, match=r"'seed': \(0, 5\).*resume=False"):
         tiny(tmp_path / "run", seed=5)
     tiny(tmp_path / "run", seed=5, resume=False)
 
@@ -92,7 +102,7 @@ def test_train_refuses_with_the_reason(tmp_path: Path, options: dict, told: str)
 
 def test_a_corpus_is_built_on_debian_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool: None)
-    with pytest.raises(RuntimeError, match="needs a Debian machine.*corpus="):
+    with pytest.raises(RuntimeError, match=r"needs a Debian machine.*corpus="):
         lm.build_corpus(tmp_path / "lm.txt")
 
 
@@ -146,7 +156,7 @@ def test_bits_per_byte_counts_every_byte_once(size: int) -> None:
 
 
 def test_an_unknown_checkpoint_lists_what_there_is() -> None:
-    with pytest.raises(ValueError, match="no checkpoint 'lmm'; there is: .*lm"):
+    with pytest.raises(ValueError, match=r"no checkpoint 'lmm'; there is: .*lm"):
         zoo.path("lmm")
 
 
@@ -195,7 +205,7 @@ def test_its_tokenizer_is_bytes_with_bos() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("lm"))
-    page = "caf\u00e9 \x00\n AB=37;"
+    page = "caf\u00e9 \x00\n AB37;"
     ids = tokenizer(page)["input_ids"]
     assert ids == encode(page.encode()).tolist() and ids[0] == BOS
     assert tokenizer.decode(ids, skip_special_tokens=True) == page

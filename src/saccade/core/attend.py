@@ -12,13 +12,14 @@ from torch import Tensor
 
 from . import band, reference
 from .errors import SpecError, Unsupported
-from .layout import Shape, lay_out
+from .layout import lay_out
 from .masks import EMPTY, Causal, Full, Span
 from .normalizers import Softmax
 from .program import Program
 from .selectors import Selection
 from .spec import Attention
 from .stats import Stat, check_names
+from .strips import Shape
 from .tile import At
 
 BACKENDS = ("auto", "reference", "band", "sdpa", "flex")
@@ -122,7 +123,7 @@ def explain(
     refused = {other: reason for other in BACKENDS[1:] if (reason := why_not(other, call, program))}
     if name != "band":
         return Explanation(name, why, refused, 1.0, 0)
-    layout = lay_out(call.shape, spec.mask, all_heads=False, row_multiple=1, selection=call.select(spec))
+    layout = lay_out(call.shape, spec.mask, selection=call.select(spec))
     return Explanation(name, why, refused, layout.visited, len(layout.strips))
 
 

@@ -7,6 +7,7 @@ Memory beyond the results is one tile, whatever N is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import Gathered, Layout, Shape, Strip, lay_out
+from .layout import Grain, lay_out
 from .program import Program
 from .selectors import Selection
 from .spec import Attention
 from .stats import Stat
+from .strips import Gathered, Layout, Shape, Strip
 
 ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -54,9 +56,11 @@ def run(
     for stat in program.stats:
         while multiple % stat.block[0]:
             multiple += max(s.block[0] for s in program.stats)
+    narrow = program.plain and q.dtype in ACCUMULATE and not q.requires_grad
     layout = lay_out(
-        shape, program.spec.mask, all_heads=program.spec.mixes_heads, row_multiple=multiple, selection=selection
-    )
+        shape, program.spec.mask, all_heads=program.spec.mixes_heads, row_multiple=multiple, selection=selection,
+        grain=Grain.narrow() if narrow else Grain(),
+    )  # fmt: skip
     n, m = shape.n, shape.m
     inner = layout.shape
     q = _pad(q.reshape(inner.groups, inner.rep, n, q.shape[-1]), layout.row_multiple)
@@ -95,7 +99,7 @@ class _Scratch:
         self.device = device
         self.buffers: dict[tuple[torch.dtype, str], Tensor] = {}
 
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype, purpose: str = "tile") -> Tensor:
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype, purpose: str) -> Tensor:
         size = torch.Size(shape).numel()
         buffer = self.buffers.get((dtype, purpose))
         if buffer is None or buffer.numel() < size:
@@ -111,17 +115,33 @@ def _scores(program: Program, strip: Strip | Gathered, q: Tensor, k: Tensor, scr
         g, rep, n, m = strip.tile
         tile = program.spec.form.tile(rows.unflatten(1, (rep, n)), keys[:, None])
         return tile.to(ACCUMULATE.get(tile.dtype, tile.dtype))
-    flat = scratch((rows.shape[0], rows.shape[1], keys.shape[1]), q.dtype, "scores")
-    torch.baddbmm(flat, rows, keys.mT, beta=0, alpha=scale, out=flat)
-    tile = flat.view(strip.tile)
     wide = ACCUMULATE.get(q.dtype, q.dtype)
-    return tile if wide == q.dtype or program.plain else scratch(strip.tile, wide, "wide").copy_(tile)
+    flat = scratch((rows.shape[0], rows.shape[1], keys.shape[1]), q.dtype, "scores")
+    if wide == q.dtype:
+        return _product(rows, keys.mT, flat, scale).view(strip.tile)
+    if math.log2(scale).is_integer():  # then it costs no precision on the queries, and the product is faster without
+        rows, scale = rows * scale, 1.0
+    tile = _product(rows, keys.mT, flat, scale).view(strip.tile)
+    return tile if program.plain else scratch(strip.tile, wide, "wide").copy_(tile)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale * bmm``, scaled before it is rounded; narrow dtypes on a CPU are faster one plain product at a time."""
+    if a.device.type != "cpu" or a.dtype not in ACCUMULATE or a.shape[1] < 64:
+        return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+    for left, right, whole in zip(a, b, out, strict=True):
+        if scale == 1:
+            torch.mm(left, right, out=whole)
+        else:
+            torch.addmm(whole, left, right, beta=0, alpha=scale, out=whole)
+    return out
 
 
 def _values(strip: Strip | Gathered, weights: Tensor, v: Tensor) -> Tensor:
     """Weights times values, ``[g, rep, n, D]``."""
     g, rep, n, m = strip.tile
-    return torch.bmm(weights.reshape(g, rep * n, m).to(v.dtype), strip.keys(v)).view(g, rep, n, -1)
+    out = v.new_empty(g, rep * n, v.shape[-1])
+    return _product(weights.reshape(g, rep * n, m).to(v.dtype), strip.keys(v), out).view(g, rep, n, -1)
 
 
 class _Places:
@@ -189,7 +209,7 @@ class _Band(torch.autograd.Function):
         out = v.new_zeros(*q.shape[:3], v.shape[-1])
         for strip in layout.strips:
             tile = _scores(program, strip, q, k, scratch)
-            weights, seen = program.fast(tile, strip.at, strip.hidden(), _may_be_empty(program, strip))
+            weights, seen = program.fast(tile, strip.at, strip.hidden(), _may_be_empty(program, strip), scratch)
             strip.put_rows(out, _values(strip, weights, v))
             places.put(strip, whole, seen)
         flat = [x for tensors in whole for x in tensors]

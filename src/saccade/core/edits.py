@@ -79,7 +79,9 @@ class Scale(Edit):
         return weights * self._factor(at, weights)
 
     def inplace(self, weights: Tensor, at: At, visible: Tensor | None) -> Tensor:
-        return weights.mul_(self._factor(at, weights))
+        start, stop = self.region.columns(at)
+        weights[..., start:stop].mul_(self._factor(at.columns(start, stop), weights))
+        return weights
 
 
 class Zero(Edit):
@@ -96,8 +98,11 @@ class Zero(Edit):
         return torch.zeros_like(weights) if where is None else weights.masked_fill(where, 0)
 
     def inplace(self, weights: Tensor, at: At, visible: Tensor | None) -> Tensor:
-        where = self.region.where(at)
-        return weights.zero_() if where is None else weights.masked_fill_(where, 0)
+        start, stop = self.region.columns(at)
+        where = self.region.where(at.columns(start, stop))
+        piece = weights[..., start:stop]
+        piece.zero_() if where is None else piece.masked_fill_(where, 0)
+        return weights
 
 
 class Replace(Edit):

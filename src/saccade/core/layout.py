@@ -1,296 +1,51 @@
-"""How the band executor cuts the work: strips of query rows with exactly the keys that they may see.
-
-Queries lie as ``[groups, rep, N, D]`` and keys as ``[groups, M, D]``: a group is one key head of one sample, ``rep``
-the query heads that share it. A strip is either contiguous (some groups, rows and a range of keys: all views) or
-gathered (a list of groups and row blocks, each with its own list of key blocks, padded to the longest).
-"""
+"""How a call is cut into strips: by the mask's own answer for blocks, by a look at a small mask, or by selection."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .masks import EMPTY, FULL, Full, Mask, Span
-from .program import Hidden
 from .selectors import Selection
-from .tile import At
+from .strips import Gathered, Layout, Shape, Strip
 
-TILE = 2**21  # elements of a tile: 8 MB in float32, which the last level of cache holds
-SMALL = 2**18  # elements of a whole mask that is cheaper to look at than to classify
+SMALL = 2**18  # cells of a whole mask that is cheaper to look at than to classify
 COLUMNS = 64  # keys per block of the map
 WASTE = 1.3  # keys touched per key visited up to which a contiguous range beats a gather
 
+Runs = list[tuple[int, int]]
+
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a call: ``rep`` query heads share each of ``kv_heads`` key heads."""
+class Grain:
+    """How large a tile may be.
 
-    batch: int
-    kv_heads: int
-    rep: int
-    n: int
-    m: int
-    offset: int
-    counted: bool
-    device: torch.device
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self.kv_heads * self.rep
-
-    @property
-    def groups(self) -> int:
-        """Key heads over the batch."""
-        return self.batch * self.kv_heads
-
-    def at(self, groups: Tensor, q: Tensor, k: Tensor) -> At:
-        """The place of a tile ``[len(groups), rep, ...]``; ``q`` and ``k`` already have four dimensions."""
-        b = (groups // self.kv_heads)[:, None, None, None]
-        h = (groups % self.kv_heads * self.rep)[:, None] + torch.arange(self.rep, device=self.device)
-        return At(
-            b, h[..., None, None], q, k, self.batch, self.heads, self.n, self.m, self.offset, self.counted
-        )  # fmt: skip
-
-    def split_rep(self) -> Shape:
-        """The same with every query head its own group, for a selection that differs among them."""
-        return replace(self, kv_heads=self.heads, rep=1)
-
-
-@dataclass
-class Strip:
-    """Groups ``g0:g1``, rows ``r0:r1``, keys ``k0:k1``."""
-
-    shape: Shape
-    g0: int
-    g1: int
-    r0: int
-    r1: int
-    k0: int
-    k1: int
-    partial: list[tuple[int, int]]  # runs of keys, within the strip, where the mask must be looked at
-    mask: Mask
-    may_be_empty: bool
-
-    @property
-    def tile(self) -> tuple[int, int, int, int]:
-        """Shape of the tile."""
-        return self.g1 - self.g0, self.shape.rep, self.r1 - self.r0, self.k1 - self.k0
-
-    @cached_property
-    def at(self) -> At:
-        """Place of the tile."""
-        device = self.shape.device
-        return self.shape.at(
-            torch.arange(self.g0, self.g1, device=device),
-            torch.arange(self.r0, self.r1, device=device)[None, None, :, None],
-            torch.arange(self.k0, self.k1, device=device)[None, None, None, :],
-        )
-
-    def hidden(self) -> list[Hidden]:
-        """Where the mask hides keys."""
-        return [Hidden(a, z, ~self.mask.visible(self.at.columns(a, z))) for a, z in self.partial]
-
-    def rows(self, x: Tensor) -> Tensor:
-        """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[g, rep * n, D]``."""
-        piece = x[self.g0 : self.g1, :, self.r0 : self.r1]
-        return piece.reshape(piece.shape[0], -1, piece.shape[-1])
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Keys of ``[groups, M, D]``."""
-        return x[self.g0 : self.g1, self.k0 : self.k1]
-
-    def put_rows(self, whole: Tensor, piece: Tensor) -> None:
-        """Write ``[g, rep, n, ...]`` to its rows of ``[groups, rep, N, ...]``."""
-        whole[self.g0 : self.g1, :, self.r0 : self.r1] = piece
-
-    def get_rows(self, whole: Tensor) -> Tensor:
-        """Read what :meth:`put_rows` wrote."""
-        return whole[self.g0 : self.g1, :, self.r0 : self.r1]
-
-    def add_keys(self, whole: Tensor, piece: Tensor) -> None:
-        """Add ``[g, m, D]`` to its keys of ``[groups, M, D]``."""
-        whole[self.g0 : self.g1, self.k0 : self.k1] += piece
-
-    def add_columns(self, whole: Tensor, piece: Tensor) -> None:
-        """Add ``[g, rep, m]`` to its keys of ``[groups, rep, M]``."""
-        whole[self.g0 : self.g1, :, self.k0 : self.k1] += piece
-
-    def get_columns(self, whole: Tensor) -> Tensor:
-        """The columns of ``[groups, rep, M]`` that :meth:`add_columns` adds to."""
-        return whole[self.g0 : self.g1, :, self.k0 : self.k1]
-
-    def put_blocks(self, whole: Tensor, piece: Tensor, rows: int) -> None:
-        """Write ``[g, rep, n / rows, nk]`` to its row blocks of ``[groups, rep, N / rows, nk]``."""
-        first = self.r0 // rows
-        whole[self.g0 : self.g1, :, first : first + piece.shape[2]] = piece
-
-    def get_blocks(self, whole: Tensor, rows: int) -> Tensor:
-        """Read what :meth:`put_blocks` wrote."""
-        return whole[self.g0 : self.g1, :, self.r0 // rows : -(-self.r1 // rows)]
-
-    def put_chosen(self, whole: Tensor, tile: Tensor, chosen: list[int]) -> None:
-        """Write the chosen rows of a tile to ``[groups, rep, len(chosen), M]``."""
-        for i, row in enumerate(chosen):
-            if self.r0 <= row < self.r1:
-                whole[self.g0 : self.g1, :, i, self.k0 : self.k1] = tile[:, :, row - self.r0]
-
-    def get_chosen(self, whole: Tensor, chosen: list[int]) -> Tensor:
-        """Gradient of the tile from the gradient of its chosen rows."""
-        tile = whole.new_zeros(self.tile)
-        for i, row in enumerate(chosen):
-            if self.r0 <= row < self.r1:
-                tile[:, :, row - self.r0] += whole[self.g0 : self.g1, :, i, self.k0 : self.k1]
-        return tile
-
-
-@dataclass
-class Gathered:
-    """Tasks ``(group, row block)``, each with its key blocks; whole tensors are padded to whole blocks.
-
-    ``partial``: the last so many blocks of each task must be looked at (padding included); lists are ordered so.
+    Measured on two cores: a batch of two products uses both, where one wide product does not; in bfloat16 one product
+    of many rows is fastest. ``cells``: 8 MB, which the last level of cache holds.
     """
 
-    shape: Shape
-    group: Tensor  # [T]
-    key_group: Tensor  # [T]
-    row_block: Tensor  # [T]
-    blocks: Tensor  # [T, s], -1 for padding
-    row_size: int
-    column_size: int
-    partial_blocks: int
-    mask: Mask
-    may_be_empty: bool
+    cells: int = 2**21
+    rows: int = 256
+    groups: int = 2
 
-    @property
-    def tile(self) -> tuple[int, int, int, int]:
-        """Shape of the tile."""
-        return len(self.group), self.shape.rep, self.row_size, self.blocks.shape[1] * self.column_size
-
-    @cached_property
-    def _key_blocks(self) -> Tensor:
-        """Flat numbers ``[T * s]`` of the key blocks among all groups' blocks."""
-        count = -(-self.shape.m // self.column_size)
-        return (self.key_group[:, None] * count + self.blocks.clamp(min=0)).flatten()
-
-    @cached_property
-    def _positions(self) -> Tensor:
-        """Padded key positions ``[T, s * column_size]``."""
-        k = self.blocks.clamp(min=0)[..., None] * self.column_size
-        return (k + torch.arange(self.column_size, device=k.device)).flatten(1)
-
-    @cached_property
-    def _rows(self) -> Tensor:
-        """Padded query positions ``[T, row_size]``."""
-        return self.row_block[:, None] * self.row_size + torch.arange(self.row_size, device=self.shape.device)
-
-    @cached_property
-    def at(self) -> At:
-        """Place of the tile; padding repeats the last row and key, and :meth:`hidden` hides it."""
-        return self.shape.at(
-            self.group,
-            self._rows.clamp(max=self.shape.n - 1)[:, None, :, None],
-            self._positions.clamp(max=self.shape.m - 1)[:, None, None, :],
-        )
-
-    def hidden(self) -> list[Hidden]:
-        """Where the mask hides keys, or there are none."""
-        width = self._positions.shape[1]
-        start = width - self.partial_blocks * self.column_size
-        if start == width:
-            return []
-        keys = (self.blocks >= 0).repeat_interleave(self.column_size, 1) & (self._positions < self.shape.m)
-        seen = self.mask.visible(self.at.columns(start, width)) & keys[:, None, None, start:]
-        seen = seen & (self._rows < self.shape.n)[:, None, :, None]
-        return [Hidden(start, width, ~seen)]
-
-    def rows(self, x: Tensor) -> Tensor:
-        """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[T, rep * row_size, D]``."""
-        return self.get_rows(x).flatten(1, 2)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Keys of ``[key groups, M, D]``: ``[T, s * column_size, D]``."""
-        flat = x.reshape(-1, self.column_size * x.shape[-1]).index_select(0, self._key_blocks)
-        return flat.view(len(self.group), -1, x.shape[-1])
-
-    def put_rows(self, whole: Tensor, piece: Tensor) -> None:
-        """Write ``[T, rep, row_size, ...]`` to its rows of ``[groups, rep, N, ...]``."""
-        whole.unflatten(2, (-1, self.row_size))[self.group, :, self.row_block] = piece
-
-    def get_rows(self, whole: Tensor) -> Tensor:
-        """Read what :meth:`put_rows` wrote."""
-        return whole.unflatten(2, (-1, self.row_size))[self.group, :, self.row_block]
-
-    def add_keys(self, whole: Tensor, piece: Tensor) -> None:
-        """Add ``[T, s * column_size, D]`` to its keys of ``[key groups, M, D]``."""
-        flat = whole.view(-1, self.column_size * whole.shape[-1])
-        flat.index_add_(0, self._key_blocks, piece.reshape(-1, flat.shape[1]))
-
-    def add_columns(self, whole: Tensor, piece: Tensor) -> None:
-        """Add ``[T, rep, m]`` to its keys of ``[groups, rep, M]``."""
-        index = self._columns(whole)
-        whole.view(-1).index_add_(0, index.flatten(), piece.flatten())
-
-    def get_columns(self, whole: Tensor) -> Tensor:
-        """The columns of ``[groups, rep, M]`` that :meth:`add_columns` adds to."""
-        return whole.reshape(-1)[self._columns(whole)]
-
-    def _columns(self, whole: Tensor) -> Tensor:
-        rep = self.shape.rep
-        head = self.group[:, None] * rep + torch.arange(rep, device=whole.device)
-        return head[..., None] * whole.shape[-1] + self._positions[:, None]
-
-    def put_blocks(self, whole: Tensor, piece: Tensor, rows: int) -> None:
-        """Write ``[T, rep, row_size / rows, nk]`` to its row blocks."""
-        whole.unflatten(2, (-1, self.row_size // rows))[self.group, :, self.row_block] = piece
-
-    def get_blocks(self, whole: Tensor, rows: int) -> Tensor:
-        """Read what :meth:`put_blocks` wrote."""
-        return whole.unflatten(2, (-1, self.row_size // rows))[self.group, :, self.row_block]
-
-    def _tasks(self, row: int) -> Tensor:
-        return (self.row_block == row // self.row_size).nonzero()[:, 0]
-
-    def put_chosen(self, whole: Tensor, tile: Tensor, chosen: list[int]) -> None:
-        """Write the chosen rows of a tile to ``[groups, rep, len(chosen), M]``."""
-        for i, row in enumerate(chosen):
-            tasks = self._tasks(row)
-            where = self._positions[tasks][:, None].expand(-1, self.shape.rep, -1)
-            line = whole[self.group[tasks], :, i].scatter_add(-1, where, tile[tasks, :, row % self.row_size])
-            whole[self.group[tasks], :, i] = line
-
-    def get_chosen(self, whole: Tensor, chosen: list[int]) -> Tensor:
-        """Gradient of the tile from the gradient of its chosen rows."""
-        tile = whole.new_zeros(self.tile)
-        for i, row in enumerate(chosen):
-            tasks = self._tasks(row)
-            where = self._positions[tasks][:, None].expand(-1, self.shape.rep, -1)
-            tile[tasks, :, row % self.row_size] += whole[self.group[tasks], :, i].gather(-1, where)
-        return tile
+    @staticmethod
+    def narrow() -> Grain:
+        """For two-byte tiles that no float32 copy accompanies."""
+        return Grain(2**22, 512, 1)
 
 
-@dataclass
-class Layout:
-    """All strips of a call, and how whole tensors must be padded for them."""
-
-    shape: Shape
-    strips: list[Strip | Gathered]
-    row_multiple: int
-    column_multiple: int
-    groups_are_heads: bool = False  # every query head is its own group
-
-    @property
-    def visited(self) -> float:
-        """Share of the score matrix that is computed."""
-        cells = sum(torch.Size(s.tile).numel() for s in self.strips)
-        return cells / max(1, self.shape.batch * self.shape.heads * self.shape.n * self.shape.m)
-
-
-def lay_out(shape: Shape, mask: Mask, *, all_heads: bool, row_multiple: int, selection: Selection | None) -> Layout:
+def lay_out(
+    shape: Shape,
+    mask: Mask,
+    *,
+    all_heads: bool = False,
+    row_multiple: int = 1,
+    selection: Selection | None = None,
+    grain: Grain | None = None,
+) -> Layout:
     """Cut a call into strips.
 
     Args:
@@ -299,128 +54,211 @@ def lay_out(shape: Shape, mask: Mask, *, all_heads: bool, row_multiple: int, sel
         all_heads: every tile must cover all heads of a sample (a part mixes them).
         row_multiple: strips must start and end at multiples of this (a stat's blocks).
         selection: chosen key blocks, within the mask.
+        grain: size of the tiles.
     """
+    cut = _Cut(shape, mask, all_heads, row_multiple, grain or Grain())
     if selection is not None:
-        return _selected(shape, mask, selection)
+        return cut.selected(selection)
     if isinstance(mask, Full):
-        rows = _row_count(shape, shape.m, row_multiple)
-        strips = [
-            Strip(shape, g0, g1, r0, min(r0 + rows, shape.n), 0, shape.m, [], mask, False)
-            for g0, g1 in _group_runs(shape, rows, shape.m, all_heads, 0, shape.groups)
-            for r0 in range(0, shape.n, rows)
-        ]
-        return Layout(shape, list(strips), 1, 1)
+        return cut.full()
     if shape.n * shape.m <= SMALL:
-        return _looked_at(shape, mask, all_heads)
-    return _classified(shape, mask, all_heads, row_multiple)
+        return cut.looked_at()
+    return cut.classified()
 
 
-def _row_count(shape: Shape, keys: float, multiple: int) -> int:
-    """Rows per strip: many for the matrix product, few enough that the tile fits and little is wasted."""
-    rows = 256 if keys >= 2048 else 128 if keys >= 256 else 64
-    while rows > 16 and rows * shape.rep * keys > 2 * TILE:
-        rows //= 2
-    return -(-min(rows, max(shape.n, 1)) // multiple) * multiple
+@dataclass
+class _Cut:
+    shape: Shape
+    mask: Mask
+    all_heads: bool
+    row_multiple: int
+    grain: Grain
 
+    def __post_init__(self) -> None:
+        self._known: dict[tuple[int, int, int], Tensor] = {}
 
-def _group_runs(
-    shape: Shape, rows: int, keys: int, all_heads: bool, first: int, last: int
-) -> Iterator[tuple[int, int]]:
-    """Cut the groups ``first`` to ``last`` so that a tile fits."""
-    step = max(1, TILE // max(1, shape.rep * rows * keys))
-    if all_heads:
-        step = max(1, step // shape.kv_heads) * shape.kv_heads
-    for g in range(first, last, step):
-        yield g, min(g + step, last)
+    def full(self) -> Layout:
+        """Every row sees every key."""
+        shape = self.shape
+        rows = self._rows(shape.m, shape.m)
+        strips = [s for r0 in range(0, shape.n, rows) for s in self._strips(r0, rows, 0, shape.m, [], False)]
+        return Layout(shape, strips, 1, 1)
 
+    def looked_at(self) -> Layout:
+        """A small mask (a decode step, a short text): cut to the range of keys that anyone sees."""
+        shape = self.shape
+        index = (torch.arange(size, device=shape.device) for size in (shape.groups, shape.n, shape.m))
+        groups, q, k = index
+        seen = self.mask.visible(shape.at(groups, q[None, None, :, None], k[None, None, None, :]))
+        anyone = seen.expand(*seen.shape[:3], shape.m).flatten(0, 2).any(0).nonzero()[:, 0]
+        if not len(anyone):
+            return Layout(shape, [], 1, 1)
+        k0, k1 = int(anyone[0]), int(anyone[-1]) + 1
+        whole = bool(seen[..., k0:k1].all()) if seen.shape[-1] > 1 else bool(seen.all())
+        strips = self._strips(0, shape.n, k0, k1, [] if whole else [(0, k1 - k0)], not whole)
+        return Layout(shape, list(strips), 1, 1)
 
-def _looked_at(shape: Shape, mask: Mask, all_heads: bool) -> Layout:
-    """A small mask (a decode step, a short text): look at it whole and cut to the range of keys that anyone sees."""
-    where = shape.at(
-        torch.arange(shape.groups, device=shape.device),
-        torch.arange(shape.n, device=shape.device)[None, None, :, None],
-        torch.arange(shape.m, device=shape.device)[None, None, None, :],
-    )
-    seen = mask.visible(where)
-    anyone = seen.expand(*seen.shape[:3], shape.m).flatten(0, 2).any(0).nonzero()[:, 0]
-    if not len(anyone):
-        return Layout(shape, [], 1, 1)
-    k0, k1 = int(anyone[0]), int(anyone[-1]) + 1
-    partial = [] if bool(seen[..., k0:k1].all()) else [(0, k1 - k0)]
-    strips = [
-        Strip(shape, g0, g1, 0, shape.n, k0, k1, partial, mask, bool(partial))
-        for g0, g1 in _group_runs(shape, shape.n, k1 - k0, all_heads, 0, shape.groups)
-    ]
-    return Layout(shape, list(strips), 1, 1)
-
-
-def _classified(shape: Shape, mask: Mask, all_heads: bool, row_multiple: int) -> Layout:
-    """Strips from the mask's own answer for blocks; a row of blocks with holes is gathered."""
-    probe = Span.grid(
-        shape.n, shape.m, max(256, shape.n // 32), max(256, shape.m // 32), offset=shape.offset, batch=shape.batch,
-        heads=shape.heads, device=shape.device,
-    )  # fmt: skip
-    share = float((mask.blocks(probe) > EMPTY).double().mean())
-    rows = _row_count(shape, share * shape.m, row_multiple)
-    blocks = -(-shape.n // rows)
-    strips: list[Strip | Gathered] = []
-    holes: dict[tuple[int, int], list[tuple[int, list[int], list[int]]]] = {}
-    slab = max(1, TILE // max(1, -(-shape.m // COLUMNS)))  # row blocks classified at once
-    for first in range(0, blocks, slab):
-        span = Span.grid(
-            shape.n, shape.m, rows, COLUMNS, offset=shape.offset, batch=shape.batch, heads=shape.heads,
-            first=first, last=first + slab, device=shape.device,
-        )  # fmt: skip
-        for (g0, g1), codes in _codes_by_group(mask.blocks(span), shape):
-            for i, (visited, partial) in enumerate(_runs(codes)):
-                if not visited:
-                    continue
-                r0 = (first + i) * rows
-                r1 = min(r0 + rows, shape.n)
-                low, high = visited[0][0], visited[-1][1]
-                count = sum(z - a for a, z in visited)
-                if high - low <= WASTE * count + 2:
-                    k0, k1 = low * COLUMNS, min(high * COLUMNS, shape.m)
+    def classified(self) -> Layout:
+        """Strips from the mask's own answer for blocks; a row of blocks with holes is gathered."""
+        shape = self.shape
+        rows = self._rows(*self._probe())
+        strips: list[Strip | Gathered] = []
+        holes: dict[tuple[int, int], list[tuple[int, list[int], list[int]]]] = {}
+        slab = max(1, self.grain.cells // -(-shape.m // COLUMNS))  # row blocks classified at once
+        for first in range(0, -(-shape.n // rows), slab):
+            span = self._span(rows, COLUMNS, first, first + slab)
+            for groups, codes in _codes_by_group(self.mask.blocks(span), shape):
+                for i, (visited, partial) in enumerate(_runs(codes)):
+                    if not visited:
+                        continue
+                    low, high = visited[0][0], visited[-1][1]
+                    if high - low > WASTE * sum(z - a for a, z in visited) + 2:
+                        looked = {c for a, z in partial for c in range(a, z)}
+                        full = [c for a, z in visited for c in range(a, z) if c not in looked]
+                        holes.setdefault(groups, []).append((first + i, full, sorted(looked)))
+                        continue
                     gaps = [(a, z) for (_, a), (z, _) in zip(visited, visited[1:], strict=False)]
+                    k0, k1 = low * COLUMNS, min(high * COLUMNS, shape.m)
                     look = [
                         (a * COLUMNS - k0, min(z * COLUMNS, shape.m) - k0)
                         for a, z in _merge(sorted([*partial, *gaps]))
                     ]
-                    whole = sum(z - a for a, z in look) < k1 - k0
-                    strips += [
-                        Strip(shape, a, z, r0, r1, k0, k1, look, mask, not whole)
-                        for a, z in _group_runs(shape, rows, k1 - k0, all_heads, g0, g1)
-                    ]
-                else:
-                    looked = {c for a, z in partial for c in range(a, z)}
-                    full = [c for a, z in visited for c in range(a, z) if c not in looked]
-                    holes.setdefault((g0, g1), []).append((first + i, full, sorted(looked)))
-    for (g0, g1), tasks in holes.items():
-        strips += _gather_static(shape, mask, rows, tasks, range(g0, g1), all_heads)
-    padded = bool(holes)
-    return Layout(shape, strips, rows if padded else 1, COLUMNS if padded else 1)
+                    may_be_empty = sum(z - a for a, z in look) == k1 - k0
+                    strips += self._strips((first + i) * rows, rows, k0, k1, look, may_be_empty, groups)
+        for groups, tasks in holes.items():
+            strips += self._gathered(rows, tasks, groups)
+        return Layout(shape, strips, rows, COLUMNS) if holes else Layout(shape, strips, 1, 1)
+
+    def selected(self, selection: Selection) -> Layout:
+        """Strips from chosen blocks: tasks of like length together, blocks that need no look first."""
+        rows, columns, chosen = selection.rows, selection.columns, selection.blocks
+        before = shape = self.shape
+        split = chosen.shape[1] not in (1, shape.kv_heads)
+        if split:
+            shape = self.shape = shape.split_rep()
+        nq, nk = -(-shape.n // rows), -(-shape.m // columns)
+        chosen = chosen.expand(shape.batch, shape.kv_heads, nq, -1).reshape(shape.groups, nq, -1)
+        codes = self.mask.blocks(self._span(rows, columns))
+        codes = codes[(None,) * (4 - codes.ndim)].clone()
+        if shape.n % rows:
+            codes[:, :, -1:].clamp_(max=1)  # the padding of rows and keys must be looked at
+        if shape.m % columns:
+            codes[..., -1:].clamp_(max=1)
+        codes = _shared_codes(codes, shape).expand(shape.batch, shape.kv_heads, nq, nk).reshape(-1, nq, nk)
+        kind = codes.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, EMPTY)
+        kind, order = kind.sort(stable=True, dim=-1, descending=True)  # full, partial, empty
+        chosen = chosen.gather(-1, order).masked_fill(kind == EMPTY, -1).flatten(0, 1)
+        length, full = (kind > EMPTY).sum(-1).flatten(), (kind == FULL).sum(-1).flatten()
+        by_length = length.argsort(descending=True, stable=True)[: int((length > 0).sum())]
+        lengths = length[by_length].tolist()
+        strips: list[Strip | Gathered] = []
+        start = 0
+        while start < len(lengths):
+            width = lengths[start]
+            tasks = by_length[start : start + max(1, self.grain.cells // (shape.rep * rows * columns * width))]
+            group = tasks // nq
+            key_group = group
+            if split:
+                key_group = group // before.heads * before.kv_heads + group % before.heads // before.rep
+            look = width - int(full[tasks].min())
+            strips.append(
+                Gathered(
+                    shape, group, key_group, tasks % nq, chosen[tasks, :width], rows, columns, look, self.mask,
+                    look == width,
+                )
+            )  # fmt: skip
+            start += len(tasks)
+        return Layout(shape, strips, rows, columns)
+
+    def _span(self, rows: int, columns: int, first: int = 0, last: int | None = None) -> Span:
+        s = self.shape
+        return Span.grid(
+            s.n, s.m, rows, columns, offset=s.offset, batch=s.batch, heads=s.heads, first=first, last=last,
+            device=s.device,
+        )  # fmt: skip
+
+    def _probe(self) -> tuple[float, float]:
+        """Mean and greatest number of keys that a row visits, from a coarse map."""
+        rows, columns = (max(256, -(-size // 64)) for size in (self.shape.n, self.shape.m))
+        visited = (self.mask.blocks(self._span(rows, columns)) > EMPTY).sum(-1).float() * columns
+        return float(visited.mean()), float(visited.max())
+
+    def _rows(self, mean: float, most: float) -> int:
+        """Rows per strip: many for the matrix product, few where few keys are visited, and so that the tile fits."""
+        grain, rep = self.grain, self.shape.rep
+        rows = grain.rows if mean >= 1536 else 128 if mean >= 256 else 64
+        while rows > 64 and grain.groups * rows * rep * most > grain.cells:
+            rows //= 2
+        while rows > 16 and rows * rep * most > 2 * grain.cells:
+            rows //= 2
+        return -(-min(rows, self.shape.n) // self.row_multiple) * self.row_multiple
+
+    def _group_runs(self, cells: int, groups: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
+        """Cut the groups so that a tile with ``cells`` per group fits."""
+        first, last = groups or (0, self.shape.groups)
+        step = max(self.grain.groups, self.grain.cells // max(1, cells))
+        if self.all_heads:
+            step = max(1, step // self.shape.kv_heads) * self.shape.kv_heads
+        for g in range(first, last, step):
+            yield g, min(g + step, last)
+
+    def _strips(
+        self, r0: int, rows: int, k0: int, k1: int, look: Runs, may_be_empty: bool,
+        groups: tuple[int, int] | None = None,
+    ) -> Iterator[Strip]:  # fmt: skip
+        r1 = min(r0 + rows, self.shape.n)
+        for g0, g1 in self._group_runs(self.shape.rep * rows * (k1 - k0), groups):
+            yield Strip(self.shape, g0, g1, r0, r1, k0, k1, look, self.mask, may_be_empty, self._known)
+
+    def _gathered(
+        self, rows: int, tasks: list[tuple[int, list[int], list[int]]], groups: tuple[int, int]
+    ) -> Iterator[Gathered]:
+        """Tasks ``(row block, full blocks, blocks to look at)`` that all of these groups share."""
+        shape = self.shape
+        longest = max(len(full) + len(looked) for _, full, looked in tasks)
+        tasks = sorted(tasks, key=lambda task: len(task[1]) + len(task[2]))
+        cells = shape.rep * rows * longest * COLUMNS
+        for g0, g1 in self._group_runs(cells, groups):
+            step = max(1, self.grain.cells // (cells * (g1 - g0)))
+            group = torch.arange(g0, g1, device=shape.device)
+            for start in range(0, len(tasks), step):
+                chunk = tasks[start : start + step]
+                width = max(len(full) + len(looked) for _, full, looked in chunk)
+                lists = [full + looked + [-1] * (width - len(full) - len(looked)) for _, full, looked in chunk]
+                padded = any((r + 1) * rows > shape.n for r, _, _ in chunk)
+                padded |= any((b + 1) * COLUMNS > shape.m for _, full, _ in chunk for b in full)
+                look = width if padded else width - min(len(full) for _, full, _ in chunk)
+                # Groups vary fastest, so that parts which mix heads find them side by side.
+                yield Gathered(
+                    shape, group.repeat(len(chunk)), group.repeat(len(chunk)),
+                    torch.tensor([r for r, _, _ in chunk], device=shape.device).repeat_interleave(len(group)),
+                    torch.tensor(lists, device=shape.device).repeat_interleave(len(group), 0),
+                    rows, COLUMNS, look, self.mask, look == width,
+                )  # fmt: skip
+
+
+def _shared_codes(codes: Tensor, shape: Shape) -> Tensor:
+    """Codes ``[B, Hkv, nq, nk]`` from ``[B, H, nq, nk]``: heads that share keys visit what any of them sees."""
+    if codes.shape[1] == 1:
+        return codes
+    apart = codes.unflatten(1, (shape.kv_heads, shape.rep))
+    low, high = apart.amin(2), apart.amax(2)
+    return torch.where(low == high, low, 1).to(torch.int8)
 
 
 def _codes_by_group(codes: Tensor, shape: Shape) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Codes ``[nq, nk]`` for runs of groups that share them."""
-    codes = codes[(None,) * (4 - codes.ndim)]
-    if codes.shape[1] > 1:  # query heads that share a key head visit what any of them sees
-        apart = codes.unflatten(1, (shape.kv_heads, shape.rep))
-        low, high = apart.amin(2), apart.amax(2)
-        codes = torch.where(low == high, low, 1).to(torch.int8)
-    for b in range(codes.shape[0]):
-        for h in range(codes.shape[1]):
-            if codes.shape[0] == 1 and codes.shape[1] == 1:
-                yield (0, shape.groups), codes[0, 0]
-            elif codes.shape[1] == 1:
-                yield (b * shape.kv_heads, (b + 1) * shape.kv_heads), codes[b, 0]
-            else:
-                for sample in range(shape.batch) if codes.shape[0] == 1 else (b,):
-                    group = sample * shape.kv_heads + h
-                    yield (group, group + 1), codes[b, h]
-
-
-Runs = list[tuple[int, int]]
+    codes = _shared_codes(codes[(None,) * (4 - codes.ndim)], shape)
+    batch, heads = codes.shape[:2]
+    if batch == heads == 1:
+        yield (0, shape.groups), codes[0, 0]
+    elif heads == 1:
+        for b in range(batch):
+            yield (b * shape.kv_heads, (b + 1) * shape.kv_heads), codes[b, 0]
+    else:
+        for group in range(shape.groups):
+            b, h = divmod(group, shape.kv_heads)
+            yield (group, group + 1), codes[b if batch > 1 else 0, h]
 
 
 def _runs(codes: Tensor) -> Iterator[tuple[Runs, Runs]]:
@@ -450,90 +288,3 @@ def _merge(runs: Runs) -> Runs:
         else:
             merged.append((a, z))
     return merged
-
-
-def _gather_static(
-    shape: Shape, mask: Mask, rows: int, tasks: list[tuple[int, list[int], list[int]]], groups: range, all_heads: bool
-) -> Iterator[Gathered]:
-    device = shape.device
-    longest = max(len(full) + len(looked) for _, full, looked in tasks)
-    tasks = sorted(tasks, key=lambda t: len(t[1]) + len(t[2]))
-    per_task = max(1, shape.rep * rows * longest * COLUMNS)
-    for g0, g1 in _group_runs(shape, rows, longest * COLUMNS, all_heads, groups.start, groups.stop):
-        step = max(1, TILE // (per_task * (g1 - g0)))
-        for start in range(0, len(tasks), step):
-            chunk = tasks[start : start + step]
-            width = max(len(full) + len(looked) for _, full, looked in chunk)
-            lists = [full + looked + [-1] * (width - len(full) - len(looked)) for _, full, looked in chunk]
-            ragged = (chunk[-1][0] + 1) * rows > shape.n or any((r + 1) * rows > shape.n for r, _, _ in chunk)
-            tail = any(b == shape.m // COLUMNS for _, full, _ in chunk for b in full)
-            look = width if ragged or tail else width - min(len(full) for _, full, _ in chunk)
-            # Groups vary fastest, so that parts which mix heads find them side by side.
-            group = torch.arange(g0, g1, device=device)
-            yield Gathered(
-                shape,
-                group.repeat(len(chunk)),
-                group.repeat(len(chunk)),
-                torch.tensor([r for r, _, _ in chunk], device=device).repeat_interleave(g1 - g0),
-                torch.tensor(lists, device=device).repeat_interleave(g1 - g0, 0),
-                rows,
-                COLUMNS,
-                look,
-                mask,
-                look == width,
-            )
-
-
-def _selected(shape: Shape, mask: Mask, selection: Selection) -> Layout:
-    """Strips from chosen blocks, those that need no look first, tasks of like length together."""
-    rows, columns = selection.rows, selection.columns
-    chosen = selection.blocks
-    device = shape.device
-    split = chosen.shape[1] not in (1, shape.kv_heads)
-    kv_groups = shape.groups
-    rep = shape.rep
-    if split:
-        shape = shape.split_rep()
-    nq, nk = -(-shape.n // rows), -(-shape.m // columns)
-    chosen = chosen.expand(shape.batch, shape.kv_heads, nq, -1).reshape(shape.groups, nq, -1)
-    span = Span.grid(
-        shape.n, shape.m, rows, columns, offset=shape.offset, batch=shape.batch, heads=shape.heads, device=device
-    )
-    codes = mask.blocks(span)
-    codes = codes[(None,) * (4 - codes.ndim)].clone()
-    if shape.n % rows:
-        codes[:, :, -1:].clamp_(max=1)  # rows of padding
-    if shape.m % columns:
-        codes[..., -1:].clamp_(max=1)
-    if codes.shape[1] > 1:
-        codes = codes.unflatten(1, (shape.kv_heads, shape.rep))
-        codes = torch.where(codes.amin(2) == codes.amax(2), codes.amin(2), 1)
-    codes = codes.expand(shape.batch, shape.kv_heads, nq, nk).reshape(shape.groups, nq, nk)
-    kind = codes.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, EMPTY)
-    chosen = chosen.masked_fill(kind == EMPTY, -1)
-    kind, order = kind.sort(stable=True, dim=-1, descending=True)  # full, partial, padding
-    chosen = chosen.gather(-1, order).flatten(0, 1)
-    length = (kind > EMPTY).sum(-1).flatten()
-    full = (kind == FULL).sum(-1).flatten()
-    by_length = length.argsort(descending=True, stable=True)
-    by_length = by_length[: int((length > 0).sum())]
-    lengths, fulls = length[by_length].tolist(), full[by_length]
-    strips: list[Strip | Gathered] = []
-    start = 0
-    while start < len(lengths):
-        width = lengths[start]
-        stop = start + max(1, TILE // (shape.rep * rows * columns * width))
-        tasks = by_length[start:stop]
-        group = tasks // nq
-        key_group = group
-        if split:
-            key_group = group // shape.kv_heads * (kv_groups // shape.batch) + group % shape.kv_heads // rep
-        look = width - int(fulls[start:stop].min())
-        strips.append(
-            Gathered(
-                shape, group, key_group, tasks % nq, chosen[tasks, :width], rows, columns, look, mask,
-                look == width,
-            )
-        )  # fmt: skip
-        start = stop
-    return Layout(shape, strips, rows, columns, groups_are_heads=split)

@@ -84,6 +84,8 @@ def _code(empty: Tensor, full: Tensor) -> Tensor:
 class Mask(Part):
     """Base of all masks. Combine with ``&``, ``|``, ``~``; a bool tensor or a function may stand on either side."""
 
+    by_distance = False  # depends on ``row - k`` alone, so one look serves all places at the same distance
+
     def visible(self, at: At) -> Tensor:
         """Bool tensor that broadcasts against the tile at ``at``: may this query see this key?"""
         raise NotImplementedError
@@ -135,6 +137,10 @@ class And(Mask):
         super().__init__()
         self.left, self.right = left, right
 
+    @property
+    def by_distance(self) -> bool:  # type: ignore[override]
+        return self.left.by_distance and self.right.by_distance
+
     def visible(self, at: At) -> Tensor:
         return self.left.visible(at) & self.right.visible(at)
 
@@ -153,6 +159,10 @@ class Or(Mask):
         super().__init__()
         self.left, self.right = left, right
 
+    @property
+    def by_distance(self) -> bool:  # type: ignore[override]
+        return self.left.by_distance and self.right.by_distance
+
     def visible(self, at: At) -> Tensor:
         return self.left.visible(at) | self.right.visible(at)
 
@@ -170,6 +180,10 @@ class Not(Mask):
     def __init__(self, inner: Mask):
         super().__init__()
         self.inner = inner
+
+    @property
+    def by_distance(self) -> bool:  # type: ignore[override]
+        return self.inner.by_distance
 
     def visible(self, at: At) -> Tensor:
         return ~self.inner.visible(at)
@@ -194,6 +208,8 @@ class Causal(Mask):
     Bottom-right aligned: with fewer queries than keys the queries are the last ones (a chunk on a filled cache).
     """
 
+    by_distance = True
+
     def visible(self, at: At) -> Tensor:
         return at.distance >= 0
 
@@ -208,6 +224,8 @@ class Window(Mask):
         size: keys seen to the left, the query's own included.
         right: the same to the right; ``size`` if not given.
     """
+
+    by_distance = True
 
     def __init__(self, size: int, right: int | None = None):
         super().__init__()
@@ -229,6 +247,8 @@ class Dilated(Mask):
 
     Visible where ``|row - k| < size * dilation`` and ``dilation`` divides ``row - k`` (Longformer, arXiv:2004.05150).
     """
+
+    by_distance = True
 
     def __init__(self, size: int, dilation: int):
         super().__init__()

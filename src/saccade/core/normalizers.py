@@ -69,13 +69,13 @@ class Softmax(Normalizer):
         return raised / total.masked_fill(total == 0, 1)
 
     def inplace(self, scores: Tensor, at: At) -> Tensor:
-        return self.inplace_with_lse(scores, at, None)[0]
+        return self.from_scores(scores, at, None, out=scores)[0]
 
-    def inplace_with_lse(self, scores: Tensor, at: At, top: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights, and the log-sum-exp of the scores if their row maximum ``top`` is given or is needed."""
+    def from_scores(self, scores: Tensor, at: At, top: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights in ``out`` (which may be ``scores``), and, if the row maximum ``top`` is given, the log-sum-exp."""
         if self.sink is not None and top is None:
             top = scores.amax(-1)
-        weights = torch.softmax(scores, -1, out=scores)
+        weights = torch.softmax(scores, -1, out=out)
         if top is None:
             return weights, None
         # The greatest weight is exp(top - lse): the log-sum-exp comes without a second exponential.
@@ -201,7 +201,9 @@ class Entmax(Normalizer):
         alpha = self._alpha(at, scores)
         top = scores.amax(-1, keepdim=True).detach()
         empty = top == HIDDEN
-        z = (scores - top.masked_fill(empty, 0)) * (alpha - 1)
+        hidden = scores == HIDDEN  # kept out of the product, where 0 times infinity would reach alpha's gradient
+        z = (scores.masked_fill(hidden, 0) - top.masked_fill(empty, 0)) * (alpha - 1)
+        z = z.masked_fill(hidden, HIDDEN)
         with torch.no_grad():
             tau = _threshold(z.detach(), _plain(alpha)).masked_fill(empty, 0)
         # One Newton step that autograd follows gives tau the gradient of the implicit function.

@@ -26,6 +26,9 @@ class Hidden:
     hidden: Tensor
 
 
+Scratch = Callable[[Sequence[int], torch.dtype, str], Tensor]
+
+
 @functools.lru_cache(maxsize=64)
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True)
@@ -43,9 +46,13 @@ class Program:
     def __init__(self, spec: Attention, stats: Sequence[Stat] = (), compile: bool = False):
         self.spec, self.stats = spec, tuple(stats)
         self.compile = compile
-        self.needs = frozenset().union(*(s.needs for s in self.stats)) if self.stats else frozenset()
         self.needs_visible = any(e.needs_visible for e in spec.changes)
-        self.keeps_unedited = bool(len(spec.edits)) and any(not s.edited for s in self.stats)
+        softmax = isinstance(spec.normalizer, Softmax) and spec.normalizer.sink is None
+        early = {i for i, s in enumerate(self.stats) if not s.edited or not len(spec.edits)}
+        self.early, self.late = early, set(range(len(self.stats))) - early
+        self.softmax = softmax
+        needs = [s.needs | (s.shortcut if softmax and i in early else frozenset()) for i, s in enumerate(self.stats)]
+        self.needs: frozenset[str] = frozenset().union(*needs)
 
     @property
     def plain(self) -> bool:
@@ -73,30 +80,35 @@ class Program:
             for run in hidden:
                 tile[..., run.start : run.stop].masked_fill_(run.hidden, HIDDEN)
         visible = tile > HIDDEN if self.needs_visible else None
-        unedited = weights = self.spec.normalizer(tile, at)
+        weights = self.spec.normalizer(tile, at)
+        rows = Tile(at, weights)
+        if "scores" in self.needs:
+            rows.scores = tile.masked_fill(tile == HIDDEN, 0)
+        if "maximum" in self.needs:
+            rows.maximum = tile.amax(-1)
+        if "lse" in self.needs:
+            rows.lse = _logsumexp(tile)
+        seen = self._look(rows, self.early)
         for edit in self.spec.changes:
             weights = edit(weights, at, visible)
-        seen = Tile(at, weights, unedited)
-        if "scores" in self.needs:
-            seen.scores = tile
-        if "maximum" in self.needs:
-            seen.maximum = tile.amax(-1)
-        if "lse" in self.needs:
-            seen.lse = _logsumexp(tile)
-        return weights, [stat.see(seen) for stat in self.stats]
+        rows.weights = weights
+        return weights, self._in_order(seen | self._look(rows, self.late))
 
     def fast(
-        self, tile: Tensor, at: At, hidden: Sequence[Hidden], may_be_empty: bool
+        self, tile: Tensor, at: At, hidden: Sequence[Hidden], may_be_empty: bool, scratch: Scratch
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """The same where no gradient is wanted; overwrites ``tile``."""
         normalizer = self.spec.normalizer
         tile = self.mask_scores(tile, at, hidden)
         visible = tile > HIDDEN if self.needs_visible else None
-        kept = tile.clone() if "scores" in self.needs else None
         top = tile.amax(-1) if may_be_empty or self.needs & {"maximum", "lse"} else None
-        lse = None
+        scores = lse = None
+        if "scores" in self.needs:
+            scores, tile = tile, scratch(tile.shape, tile.dtype, "weights")
+            if not isinstance(normalizer, Softmax):
+                tile.copy_(scores)
         if isinstance(normalizer, Softmax):
-            weights, lse = normalizer.inplace_with_lse(tile, at, top)
+            weights, lse = normalizer.from_scores(tile if scores is None else scores, at, top, out=tile)
             if may_be_empty:
                 assert top is not None
                 _clear(weights, top)
@@ -104,11 +116,21 @@ class Program:
             if "lse" in self.needs:
                 lse = _logsumexp(tile)
             weights = normalizer.inplace(tile, at)
-        unedited = weights.clone() if self.keeps_unedited else weights
+        if scores is not None:
+            _blank(scores, hidden, everywhere=any(hasattr(m, "function") for m in self.spec.modifiers))
+        rows = Tile(at, weights, scores, top, lse, self.softmax)
+        seen = self._look(rows, self.early)
         for edit in self.spec.changes:
             weights = edit.inplace(weights, at, visible)
-        seen = Tile(at, weights, unedited, kept, top, lse)
-        return weights, [stat.see(seen) for stat in self.stats]
+        rows.weights, rows.softmax = weights, False
+        return weights, self._in_order(seen | self._look(rows, self.late))
+
+    def _look(self, rows: Tile, which: set[int]) -> dict[int, tuple[Tensor, ...]]:
+        return {i: stat.see(rows) for i, stat in enumerate(self.stats) if i in which}
+
+    @staticmethod
+    def _in_order(seen: dict[int, tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        return [seen[i] for i in sorted(seen)]
 
     def normalize(self, tile: Tensor, at: At, hidden: Sequence[Hidden], may_be_empty: bool) -> Tensor:
         """Weights before the edits, in place: what the closed backward starts from."""
@@ -143,6 +165,14 @@ def _logsumexp(tile: Tensor) -> Tensor:
     empty = top == HIDDEN
     safe = tile.masked_fill(empty, 0)
     return torch.logsumexp(safe, -1).masked_fill(empty[..., 0], HIDDEN)
+
+
+def _blank(scores: Tensor, hidden: Sequence[Hidden], everywhere: bool) -> None:
+    """Put 0 where a key is hidden, so that 0 times the score is 0."""
+    if everywhere:
+        scores.masked_fill_(scores == HIDDEN, 0)
+    for run in hidden:
+        scores[..., run.start : run.stop].masked_fill_(run.hidden, 0)
 
 
 def _clear(weights: Tensor, top: Tensor) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .errors import SpecError
-from .tile import At, Part, Region, Tile
+from .normalizers import HIDDEN, row_dot
+from .tile import Part, Region, Tile
 
 
 class Stat(Part):
@@ -28,16 +29,13 @@ class Stat(Part):
 
     axis = "rows"  # what is kept: "rows", "keys" (summed over queries), "blocks", or "chosen" rows
     needs: frozenset[str] = frozenset()  # of "scores", "maximum", "lse"
+    shortcut: frozenset[str] = frozenset()  # the same, for a cheaper way where the weights are an unedited softmax
     block = (1, 1)  # queries and keys per block, for axis "blocks"
 
     def __init__(self, name: str | None = None, edited: bool = True):
         super().__init__()
         self.label = name or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
         self.edited = edited
-
-    def look(self, tile: Tile) -> Tensor:
-        """The tile's weights, edited or not."""
-        return tile.weights if self.edited else tile.unedited
 
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
         """Reduce a tile: rows ``[g, r, n, ...]``, keys ``[g, r, m]``, blocks ``[g, r, n / block, nk]``."""
@@ -75,24 +73,25 @@ class Max(Stat):
 class Entropy(Stat):
     """``-sum w ln w`` of each row in nats, ``[B, H, N]``; the weights are taken as they are, negative ones as none."""
 
+    shortcut = frozenset({"scores", "lse"})
+
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        weights = self.look(tile)
+        weights = tile.weights
+        if tile.softmax and tile.scores is not None and tile.lse is not None:  # no logarithm: ln w = s - lse
+            mean = row_dot(weights, tile.scores)[..., 0]
+            return (torch.where(tile.lse == HIDDEN, 0, tile.lse - mean),)
         if torch.is_grad_enabled() and weights.requires_grad:
             safe = torch.where(weights > 0, weights, 1)
             return (-(safe * safe.log()).sum(-1),)
-        logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log_()
-        return (torch.linalg.vecdot(weights.clamp(min=0) if self._signed(weights) else weights, logs).neg_(),)
-
-    @staticmethod
-    def _signed(weights: Tensor) -> bool:
-        return bool(weights.amin() < 0)
+        floor = weights.clamp(min=torch.finfo(weights.dtype).tiny)  # where w <= 0 the product below is negligible
+        return (row_dot(floor, floor.log()).squeeze(-1).neg_(),)
 
 
 class MeanDistance(Stat):
     """Mean of ``|row - k|`` under each row's weights, ``[B, H, N]``; 0 for a row without mass."""
 
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        weights = self.look(tile)
+        weights = tile.weights
         total = weights.sum(-1)
         moved = (weights * tile.at.distance.abs().to(weights.dtype)).sum(-1)
         return (torch.where(total != 0, moved / total.masked_fill(total == 0, 1), 0),)
@@ -112,7 +111,7 @@ class RegionMass(Stat):
         self.regions = {n: r if isinstance(r, Region) else Region(keys=r) for n, r in regions.items()}
 
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        weights = self.look(tile)
+        weights = tile.weights
         masses = []
         for region in self.regions.values():
             where = region.where(tile.at)
@@ -132,7 +131,7 @@ class KeyMass(Stat):
     axis = "keys"
 
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        weights = self.look(tile)
+        weights = tile.weights
         g, r, n, m = weights.shape
         ones = weights.new_ones(1, 1, n).expand(g * r, 1, n)
         return (torch.bmm(ones, weights.reshape(g * r, n, m)).view(g, r, m),)
@@ -155,7 +154,7 @@ class TopK(Stat):
         self.k = k
 
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        weights = self.look(tile)
+        weights = tile.weights
         best, index = weights.topk(min(self.k, weights.shape[-1]), -1)
         keys = tile.at.k.expand(*weights.shape[:2], 1, -1).expand_as(weights).gather(-1, index)
         best = best.clamp(min=0)
@@ -184,7 +183,7 @@ class _BlockStat(Stat):
 
     def _over_keys(self, tile: Tile, reduce: str) -> Tensor:
         """Reduce the keys of each block: ``[g, r, n, nk]``."""
-        weights, at = self.look(tile), tile.at
+        weights, at = tile.weights, tile.at
         count = -(-at.m // self.block[1])
         index = (at.k // self.block[1]).expand(*weights.shape[:2], 1, -1).expand_as(weights)
         empty = weights.new_zeros(*weights.shape[:-1], count)
@@ -238,7 +237,7 @@ class Rows(Stat):
         return [r % n for r in self.rows]
 
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        return (self.look(tile),)
+        return (tile.weights,)
 
 
 def check_names(stats: Sequence[Stat]) -> None:
@@ -250,9 +249,3 @@ def check_names(stats: Sequence[Stat]) -> None:
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         raise SpecError(f"two stats are called {sorted(twice)}: give one a name=")
-
-
-__all__ = [
-    "At", "Best", "BlockMax", "BlockMean", "Entropy", "KeyMass", "LogSumExp", "Max", "MeanDistance", "RegionMass",
-    "Rows", "Stat", "TopK",
-]  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,7 @@ class At:
     m: int
     offset: int
     counted: bool = False
+    first: int | None = None  # the first key, if the tile's keys are a range
 
     @cached_property
     def row(self) -> Tensor:
@@ -58,8 +59,8 @@ class At:
 
     def columns(self, start: int, stop: int) -> At:
         """The same place, narrowed to some of the tile's keys."""
-        k = self.k[..., start:stop]
-        return At(self.b, self.h, self.q, k, self.batch, self.heads, self.n, self.m, self.offset, self.counted)
+        first = None if self.first is None else self.first + start
+        return replace(self, k=self.k[..., start:stop], first=first)
 
     def split_heads(self, tile: Tensor) -> Tensor:
         """View a tile that covers all heads as ``[b, H, n, m]``, for parts that mix heads."""
@@ -87,18 +88,18 @@ class At:
 
 @dataclass
 class Tile:
-    """What stats look at: scores before the normalizer (where asked for), weights after it, and the place.
+    """What a stat looks at: weights, their place, and what else it asked for.
 
-    ``weights`` are the edited ones that multiply the values, ``unedited`` those the normalizer gave. ``maximum`` and
-    ``lse`` are row statistics of the masked scores, ``[g, r, n]``.
+    ``scores`` are the masked ones, 0 instead of ``-inf`` where a key is hidden; ``maximum`` and ``lse`` are row
+    statistics of the masked scores, ``[g, r, n]``. ``softmax``: the weights are the softmax of the scores, unedited.
     """
 
     at: At
     weights: Tensor
-    unedited: Tensor
     scores: Tensor | None = None
     maximum: Tensor | None = None
     lse: Tensor | None = None
+    softmax: bool = False
 
 
 class Part(nn.Module):
@@ -215,6 +216,15 @@ class Region:
             inside = self._inside(chosen, index, size, name, at)
             found = inside if found is None else found & inside
         return found
+
+    def columns(self, at: At) -> tuple[int, int]:
+        """The tile's columns outside of which the region surely is empty."""
+        width = at.k.shape[-1]
+        if at.first is None or not isinstance(self.keys, slice):
+            return 0, width
+        start, stop, _ = self.keys.indices(at.m)
+        low = min(max(start - at.first, 0), width)
+        return low, max(low, min(stop - at.first, width))
 
     @staticmethod
     def _inside(chosen: Any, index: Tensor, size: int, name: str, at: At) -> Tensor:

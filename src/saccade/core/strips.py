@@ -1,0 +1,292 @@
+"""Strips of query rows with exactly the keys that they may see: what the band executor works on.
+
+Queries lie as ``[groups, rep, N, D]`` and keys as ``[groups, M, D]``: a group is one key head of one sample, ``rep``
+the query heads that share it. A strip is either contiguous (some groups, rows and a range of keys: all views) or
+gathered (a list of groups and row blocks, each with its own list of key blocks, padded to the longest).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .masks import Mask
+from .program import Hidden
+from .tile import At
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a call: ``rep`` query heads share each of ``kv_heads`` key heads."""
+
+    batch: int
+    kv_heads: int
+    rep: int
+    n: int
+    m: int
+    offset: int
+    counted: bool
+    device: torch.device
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.rep
+
+    @property
+    def groups(self) -> int:
+        """Key heads over the batch."""
+        return self.batch * self.kv_heads
+
+    def at(self, groups: Tensor, q: Tensor, k: Tensor, first: int | None = None) -> At:
+        """The place of a tile ``[len(groups), rep, ...]``; ``q`` and ``k`` already have four dimensions."""
+        b = (groups // self.kv_heads)[:, None, None, None]
+        h = (groups % self.kv_heads * self.rep)[:, None] + torch.arange(self.rep, device=self.device)
+        return At(
+            b, h[..., None, None], q, k, self.batch, self.heads, self.n, self.m, self.offset, self.counted,
+            first,
+        )  # fmt: skip
+
+    def split_rep(self) -> Shape:
+        """The same with every query head its own group, for a selection that differs among them."""
+        return replace(self, kv_heads=self.heads, rep=1)
+
+
+@dataclass
+class Strip:
+    """Groups ``g0:g1``, rows ``r0:r1``, keys ``k0:k1``."""
+
+    shape: Shape
+    g0: int
+    g1: int
+    r0: int
+    r1: int
+    k0: int
+    k1: int
+    partial: list[tuple[int, int]]  # runs of keys, within the strip, where the mask must be looked at
+    mask: Mask
+    may_be_empty: bool
+    known: dict[tuple[int, int, int], Tensor]  # what the mask hides, by place, if it depends on the distance alone
+
+    @property
+    def tile(self) -> tuple[int, int, int, int]:
+        """Shape of the tile."""
+        return self.g1 - self.g0, self.shape.rep, self.r1 - self.r0, self.k1 - self.k0
+
+    @cached_property
+    def at(self) -> At:
+        """Place of the tile."""
+        device = self.shape.device
+        return self.shape.at(
+            torch.arange(self.g0, self.g1, device=device),
+            torch.arange(self.r0, self.r1, device=device)[None, None, :, None],
+            torch.arange(self.k0, self.k1, device=device)[None, None, None, :],
+            self.k0,
+        )
+
+    def hidden(self) -> list[Hidden]:
+        """Where the mask hides keys."""
+        return [Hidden(a, z, self._hidden(a, z)) for a, z in self.partial]
+
+    def _hidden(self, start: int, stop: int) -> Tensor:
+        if not self.mask.by_distance:
+            return ~self.mask.visible(self.at.columns(start, stop))
+        place = (self.r0 - self.k0 - start, self.r1 - self.r0, stop - start)
+        if place not in self.known:
+            self.known[place] = ~self.mask.visible(self.at.columns(start, stop))
+        return self.known[place]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[g, rep * n, D]``."""
+        piece = x[self.g0 : self.g1, :, self.r0 : self.r1]
+        return piece.reshape(piece.shape[0], -1, piece.shape[-1])
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys of ``[groups, M, D]``."""
+        return x[self.g0 : self.g1, self.k0 : self.k1]
+
+    def put_rows(self, whole: Tensor, piece: Tensor) -> None:
+        """Write ``[g, rep, n, ...]`` to its rows of ``[groups, rep, N, ...]``."""
+        whole[self.g0 : self.g1, :, self.r0 : self.r1] = piece
+
+    def get_rows(self, whole: Tensor) -> Tensor:
+        """Read what :meth:`put_rows` wrote."""
+        return whole[self.g0 : self.g1, :, self.r0 : self.r1]
+
+    def add_keys(self, whole: Tensor, piece: Tensor) -> None:
+        """Add ``[g, m, D]`` to its keys of ``[groups, M, D]``."""
+        whole[self.g0 : self.g1, self.k0 : self.k1] += piece
+
+    def add_columns(self, whole: Tensor, piece: Tensor) -> None:
+        """Add ``[g, rep, m]`` to its keys of ``[groups, rep, M]``."""
+        whole[self.g0 : self.g1, :, self.k0 : self.k1] += piece
+
+    def get_columns(self, whole: Tensor) -> Tensor:
+        """The columns of ``[groups, rep, M]`` that :meth:`add_columns` adds to."""
+        return whole[self.g0 : self.g1, :, self.k0 : self.k1]
+
+    def put_blocks(self, whole: Tensor, piece: Tensor, rows: int) -> None:
+        """Write ``[g, rep, n / rows, nk]`` to its row blocks of ``[groups, rep, N / rows, nk]``."""
+        first = self.r0 // rows
+        whole[self.g0 : self.g1, :, first : first + piece.shape[2]] = piece
+
+    def get_blocks(self, whole: Tensor, rows: int) -> Tensor:
+        """Read what :meth:`put_blocks` wrote."""
+        return whole[self.g0 : self.g1, :, self.r0 // rows : -(-self.r1 // rows)]
+
+    def put_chosen(self, whole: Tensor, tile: Tensor, chosen: list[int]) -> None:
+        """Write the chosen rows of a tile to ``[groups, rep, len(chosen), M]``."""
+        for i, row in enumerate(chosen):
+            if self.r0 <= row < self.r1:
+                whole[self.g0 : self.g1, :, i, self.k0 : self.k1] = tile[:, :, row - self.r0]
+
+    def get_chosen(self, whole: Tensor, chosen: list[int]) -> Tensor:
+        """Gradient of the tile from the gradient of its chosen rows."""
+        tile = whole.new_zeros(self.tile)
+        for i, row in enumerate(chosen):
+            if self.r0 <= row < self.r1:
+                tile[:, :, row - self.r0] += whole[self.g0 : self.g1, :, i, self.k0 : self.k1]
+        return tile
+
+
+@dataclass
+class Gathered:
+    """Tasks ``(group, row block)``, each with its key blocks; whole tensors are padded to whole blocks.
+
+    ``partial``: the last so many blocks of each task must be looked at (padding included); lists are ordered so.
+    """
+
+    shape: Shape
+    group: Tensor  # [T]
+    key_group: Tensor  # [T]
+    row_block: Tensor  # [T]
+    blocks: Tensor  # [T, s], -1 for padding
+    row_size: int
+    column_size: int
+    partial_blocks: int
+    mask: Mask
+    may_be_empty: bool
+
+    @property
+    def tile(self) -> tuple[int, int, int, int]:
+        """Shape of the tile."""
+        return len(self.group), self.shape.rep, self.row_size, self.blocks.shape[1] * self.column_size
+
+    @cached_property
+    def _key_blocks(self) -> Tensor:
+        """Flat numbers ``[T * s]`` of the key blocks among all groups' blocks."""
+        count = -(-self.shape.m // self.column_size)
+        return (self.key_group[:, None] * count + self.blocks.clamp(min=0)).flatten()
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """Padded key positions ``[T, s * column_size]``."""
+        k = self.blocks.clamp(min=0)[..., None] * self.column_size
+        return (k + torch.arange(self.column_size, device=k.device)).flatten(1)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """Padded query positions ``[T, row_size]``."""
+        return self.row_block[:, None] * self.row_size + torch.arange(self.row_size, device=self.shape.device)
+
+    @cached_property
+    def at(self) -> At:
+        """Place of the tile; padding repeats the last row and key, and :meth:`hidden` hides it."""
+        return self.shape.at(
+            self.group,
+            self._rows.clamp(max=self.shape.n - 1)[:, None, :, None],
+            self._positions.clamp(max=self.shape.m - 1)[:, None, None, :],
+        )
+
+    def hidden(self) -> list[Hidden]:
+        """Where the mask hides keys, or there are none."""
+        width = self._positions.shape[1]
+        start = width - self.partial_blocks * self.column_size
+        if start == width:
+            return []
+        keys = (self.blocks >= 0).repeat_interleave(self.column_size, 1) & (self._positions < self.shape.m)
+        seen = self.mask.visible(self.at.columns(start, width)) & keys[:, None, None, start:]
+        seen = seen & (self._rows < self.shape.n)[:, None, :, None]
+        return [Hidden(start, width, ~seen)]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[T, rep * row_size, D]``."""
+        return self.get_rows(x).flatten(1, 2)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys of ``[key groups, M, D]``: ``[T, s * column_size, D]``."""
+        flat = x.reshape(-1, self.column_size * x.shape[-1]).index_select(0, self._key_blocks)
+        return flat.view(len(self.group), -1, x.shape[-1])
+
+    def put_rows(self, whole: Tensor, piece: Tensor) -> None:
+        """Write ``[T, rep, row_size, ...]`` to its rows of ``[groups, rep, N, ...]``."""
+        whole.unflatten(2, (-1, self.row_size))[self.group, :, self.row_block] = piece
+
+    def get_rows(self, whole: Tensor) -> Tensor:
+        """Read what :meth:`put_rows` wrote."""
+        return whole.unflatten(2, (-1, self.row_size))[self.group, :, self.row_block]
+
+    def add_keys(self, whole: Tensor, piece: Tensor) -> None:
+        """Add ``[T, s * column_size, D]`` to its keys of ``[key groups, M, D]``."""
+        flat = whole.view(-1, self.column_size * whole.shape[-1])
+        flat.index_add_(0, self._key_blocks, piece.reshape(-1, flat.shape[1]))
+
+    def add_columns(self, whole: Tensor, piece: Tensor) -> None:
+        """Add ``[T, rep, m]`` to its keys of ``[groups, rep, M]``."""
+        index = self._columns(whole)
+        whole.view(-1).index_add_(0, index.flatten(), piece.flatten())
+
+    def get_columns(self, whole: Tensor) -> Tensor:
+        """The columns of ``[groups, rep, M]`` that :meth:`add_columns` adds to."""
+        return whole.reshape(-1)[self._columns(whole)]
+
+    def _columns(self, whole: Tensor) -> Tensor:
+        rep = self.shape.rep
+        head = self.group[:, None] * rep + torch.arange(rep, device=whole.device)
+        return head[..., None] * whole.shape[-1] + self._positions[:, None]
+
+    def put_blocks(self, whole: Tensor, piece: Tensor, rows: int) -> None:
+        """Write ``[T, rep, row_size / rows, nk]`` to its row blocks."""
+        whole.unflatten(2, (-1, self.row_size // rows))[self.group, :, self.row_block] = piece
+
+    def get_blocks(self, whole: Tensor, rows: int) -> Tensor:
+        """Read what :meth:`put_blocks` wrote."""
+        return whole.unflatten(2, (-1, self.row_size // rows))[self.group, :, self.row_block]
+
+    def _tasks(self, row: int) -> Tensor:
+        return (self.row_block == row // self.row_size).nonzero()[:, 0]
+
+    def put_chosen(self, whole: Tensor, tile: Tensor, chosen: list[int]) -> None:
+        """Write the chosen rows of a tile to ``[groups, rep, len(chosen), M]``."""
+        for i, row in enumerate(chosen):
+            tasks = self._tasks(row)
+            where = self._positions[tasks][:, None].expand(-1, self.shape.rep, -1)
+            line = whole[self.group[tasks], :, i].scatter_add(-1, where, tile[tasks, :, row % self.row_size])
+            whole[self.group[tasks], :, i] = line
+
+    def get_chosen(self, whole: Tensor, chosen: list[int]) -> Tensor:
+        """Gradient of the tile from the gradient of its chosen rows."""
+        tile = whole.new_zeros(self.tile)
+        for i, row in enumerate(chosen):
+            tasks = self._tasks(row)
+            where = self._positions[tasks][:, None].expand(-1, self.shape.rep, -1)
+            tile[tasks, :, row % self.row_size] += whole[self.group[tasks], :, i].gather(-1, where)
+        return tile
+
+
+@dataclass
+class Layout:
+    """All strips of a call, and how whole tensors must be padded for them."""
+
+    shape: Shape
+    strips: list[Strip | Gathered]
+    row_multiple: int
+    column_multiple: int
+
+    @property
+    def visited(self) -> float:
+        """Share of the score matrix that is computed."""
+        cells = sum(torch.Size(s.tile).numel() for s in self.strips)
+        return cells / max(1, self.shape.batch * self.shape.heads * self.shape.n * self.shape.m)
