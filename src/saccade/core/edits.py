@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import SpecError
+from .functions import PlainFunction
 from .scores import look_up, mix_heads
 from .tile import At, Part, Region
 
@@ -49,9 +50,10 @@ class Function(Edit):
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
         self.function = function
+        self.call = PlainFunction(function)
 
     def forward(self, weights: Tensor, at: At, visible: Tensor | None) -> Tensor:
-        edited = self.function(weights, *at.indices).to(weights.dtype).expand_as(weights)
+        edited = self.call(at, weights).to(weights.dtype).expand_as(weights)
         return edited if visible is None else edited.masked_fill(~visible, 0)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import SpecError
+from .functions import PlainFunction
 from .tile import At, Part
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -582,9 +583,10 @@ class Function(Mask):
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
         self.function = function
+        self.call = PlainFunction(function)
 
     def visible(self, at: At) -> Tensor:
-        return torch.as_tensor(self.function(*at.indices), device=at.q.device).bool()
+        return self.call(at).bool()
 
 
 @dataclass(frozen=True)

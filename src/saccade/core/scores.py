@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SpecError
+from .functions import PlainFunction
 from .tile import At, Part, per_head, per_row
 
 
@@ -135,9 +136,10 @@ class Function(Score):
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
         self.function = function
+        self.call = PlainFunction(function)
 
     def forward(self, score: Tensor, at: At) -> Tensor:
-        return self.function(score, *at.indices).to(score.dtype).expand_as(score)
+        return self.call(at, score).to(score.dtype).expand_as(score)
 
 
 class SoftCap(Score):
