@@ -117,7 +117,8 @@ def plain(repeats: int) -> list[Row]:
         rows.append(
             compare(
                 f"plain {name}, N={n}", lambda spec=spec: saccade.attention(q, k, v, spec), "SDPA",
-                lambda causal=causal: sdpa(q, k, v, causal), 1.05, repeats, cells=n * n / (2 if causal else 1), **others,
+                lambda causal=causal: sdpa(q, k, v, causal), 1.05, repeats,
+                cells=n * n / (2 if causal else 1), **others,
             )
         )  # fmt: skip
     return rows

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from dense import qkv
 from torch.testing import assert_close
 
 import saccade
+from dense import qkv
 from saccade import Attention, SpecError, Unsupported, edits, masks, normalizers, scores, selectors, stats
 
 
@@ -105,11 +105,11 @@ def test_bad_input(case):
 
 def test_bad_specs():
     inputs = float_qkv(1, 2, 2, 8, 8)
-    with pytest.raises(SpecError, match="saccade.Attention"):
+    with pytest.raises(SpecError, match=r"saccade\.Attention"):
         saccade.attention(*inputs, lambda q, k: q)
-    with pytest.raises(SpecError, match="saccade.stats"):
+    with pytest.raises(SpecError, match=r"saccade\.stats"):
         saccade.attention(*inputs, stats=["entropy"])
-    with pytest.raises(SpecError, match="name="):
+    with pytest.raises(SpecError, match=r"name="):
         saccade.attention(*inputs, stats=[stats.Entropy(), stats.Entropy()])
     with pytest.raises(SpecError, match="outside the 8 queries"):
         saccade.attention(*inputs, stats=[stats.Rows([8])])

@@ -1,8 +1,9 @@
-"""A peer's own programs: every mask and score mod of meta-pytorch/attention-gym, unmodified, against its eager result."""
+"""A peer's own programs: every mask and score mod of meta-pytorch/attention-gym, unmodified, against eager."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from attn_gym import masks as gm
 from attn_gym import mods as gs
 from attn_gym.masks.document_mask import length_to_offsets
-from dense import classified
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import saccade
+from dense import classified
 
 B, H, N, D = 2, 4, 64, 16
 Case = tuple[str, Callable[..., Tensor] | None, Callable[..., Tensor] | None, int, int]
@@ -89,7 +90,7 @@ def test_runs_unmodified_and_agrees(score_mod, mask_mod, n, m, backend):
 
 def test_no_program_of_the_peer_is_left_out():
     offered = {n for module in (gm, gs) for n in dir(module) if n.startswith("generate") or n.endswith("mask_mod")}
-    used = open(__file__).read()
+    used = Path(__file__).read_text()
     assert len(offered) > 20 and not {name for name in offered if name not in used}
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import agree
-from test_engine import EDITS, MASKS, NORMALIZERS, SCORES, STATS
-from test_masks import check_never_wrong
 
+from dense import agree
 from saccade import Attention, masks, selectors, stats
 from saccade.core import edits as edits_module
 from saccade.core import layout, normalizers, program, scores, strips
 from saccade.core.masks import EMPTY, FULL, PARTIAL
+from test_engine import EDITS, MASKS, NORMALIZERS, SCORES, STATS
+from test_masks import check_never_wrong
 
 SHAPE = (2, 4, 2, 70, 70)
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import agree, classified, everything, poisoned, qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import saccade
+from dense import agree, classified, everything, poisoned, qkv
 from saccade import Attention, edits, masks, normalizers, scores, selectors, stats
 
 LAWS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def p(*size: int, seed: int = 3) -> torch.nn.Parameter:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.nn.Parameter(torch.rand(size, generator=draw, dtype=torch.float64) + 0.3)
+    return torch.nn.Parameter(draw(*size, seed=seed).double() + 0.3)
+
+
+def draw(*size: int, seed: int = 1) -> torch.Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed))
+
+
+def lengths(b: int, m: int) -> torch.Tensor:
+    return torch.tensor([[m - 1], [max(1, m // 2)]])[:b]
 
 
 def documents(m: int) -> torch.Tensor:
@@ -32,11 +39,11 @@ MASKS = {
     "window and sinks": lambda b, h, n, m: masks.Causal() & (masks.Window(9) | masks.Sinks(3)),
     "dilated": lambda b, h, n, m: masks.Dilated(4, 3),
     "blocks": lambda b, h, n, m: masks.Blocks(6) & masks.Causal(),
-    "block layout": lambda b, h, n, m: masks.Blocks(40, torch.rand(h, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.4),
+    "block layout": lambda b, h, n, m: masks.Blocks(40, draw(h, 4, 4) > 0.4),
     "documents": lambda b, h, n, m: masks.Documents(documents(m), documents(m)[torch.arange(n) % m]),
-    "padding": lambda b, h, n, m: masks.Padding(torch.arange(m) < torch.tensor([[m - 1], [max(1, m // 2)]])[:b]) & masks.Causal(),
+    "padding": lambda b, h, n, m: masks.Padding(torch.arange(m) < lengths(b, m)) & masks.Causal(),
     "prefix": lambda b, h, n, m: masks.Causal() | masks.Prefix(torch.tensor([4, 9])[:b]),
-    "tensor": lambda b, h, n, m: torch.rand(1, h, n, m, generator=torch.Generator().manual_seed(1)) > 0.5,
+    "tensor": lambda b, h, n, m: draw(1, h, n, m) > 0.5,
     "function": lambda b, h, n, m: lambda b, h, q, k: (q * 7 + k * 3 + h) % 4 > 0,
     "not": lambda b, h, n, m: ~masks.Window(4),
     "nothing": lambda b, h, n, m: ~masks.Full(),
@@ -57,7 +64,7 @@ SCORES = {
     "mixed heads": lambda b, h, n, m: scores.MixHeads(p(h, h)),
     "function": lambda b, h, n, m: lambda s, b, h, q, k: s * 0.5 - 0.1 * (q - k).abs() * (h + 1),
     "captured": lambda b, h, n, m: (lambda t: lambda s, b, h, q, k: s * t[h] + t[0])(p(h)),
-    "chain": lambda b, h, n, m: [scores.Dot(0.4), scores.SoftCap(2.0), scores.ALiBi(), lambda s, b, h, q, k: s + 0.1 * h],
+    "chain": lambda b, h, n, m: [scores.Dot(0.4), scores.SoftCap(2.0), scores.ALiBi(), SCORES["function"](1, 1, 1, 1)],
     "hides": lambda b, h, n, m: lambda s, b, h, q, k: torch.where((q + k) % 3 == 0, -float("inf"), s),
 }  # fmt: skip
 NORMALIZERS = {
@@ -88,7 +95,7 @@ EDITS = {
     "redistribute": lambda b, h, n, m: [edits.Redistribute(slice(0, 2), slice(2, 9), 0.7)],
     "uniform": lambda b, h, n, m: [edits.Mix("uniform", 0.3)],
     "identity": lambda b, h, n, m: [edits.Mix("identity", p())],
-    "given": lambda b, h, n, m: [edits.Mix(torch.rand(n, m), 0.3)],
+    "given": lambda b, h, n, m: [edits.Mix(draw(n, m), 0.3)],
     "dropout": lambda b, h, n, m: [edits.Dropout(0.3, seed=5)],
     "mixed heads": lambda b, h, n, m: [edits.MixHeads(p(h, h))],
     "function": lambda b, h, n, m: [lambda w, b, h, q, k: w**2 + 0.1 * h],
@@ -187,9 +194,9 @@ def test_long_masks_with_holes_are_gathered(mask):
     chosen = {
         "window and sinks": masks.Causal() & (masks.Window(90) | masks.Sinks(3)),
         "dilated": masks.Dilated(3, 250),
-        "block layout": masks.Blocks(64, torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(3)) > 0.8),
+        "block layout": masks.Blocks(64, draw(2, 11, 11, seed=3) > 0.8),
         "documents": masks.Documents.from_lengths([100, 450, 150]) | masks.Sinks(1),
-        "tensor": torch.rand(n, n, generator=torch.Generator().manual_seed(3)) > 0.9995,
+        "tensor": draw(n, n, seed=3) > 0.9995,
     }[mask]
     watched = [stats.KeyMass(), stats.LogSumExp(), stats.BlockMax(32), stats.Rows([0, 350, -1]), stats.TopK(4)]
     agree(Attention(mask=chosen), (1, 2, 1, n, n), watched)

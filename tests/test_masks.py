@@ -45,6 +45,12 @@ def check_exact(mask: Mask, b: int, h: int, n: int, m: int, rows: int, columns: 
 @st.composite
 def primitives(draw, n: int, m: int):
     small = st.integers(1, 12)
+
+    def bools(rows: int, columns: int) -> torch.Tensor:
+        return torch.tensor(draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))).view(
+            rows, -1
+        )
+
     kinds = {
         "full": lambda: masks.Full(),
         "causal": lambda: masks.Causal(),
@@ -52,12 +58,12 @@ def primitives(draw, n: int, m: int):
         "dilated": lambda: masks.Dilated(draw(small), draw(small)),
         "sinks": lambda: masks.Sinks(draw(st.integers(0, 12))),
         "prefix": lambda: masks.Prefix(torch.tensor([draw(st.integers(0, m)) for _ in range(2)])),
-        "padding": lambda: masks.Padding(torch.tensor(draw(st.lists(st.booleans(), min_size=2 * m, max_size=2 * m))).view(2, m)),
+        "padding": lambda: masks.Padding(bools(2, m)),
         "documents": lambda: masks.Documents(
             torch.tensor(sorted(draw(st.lists(st.integers(-1, 3), min_size=m, max_size=m)))),
             torch.tensor(draw(st.lists(st.integers(-1, 3), min_size=n, max_size=n))),
         ),
-        "tensor": lambda: as_mask(torch.tensor(draw(st.lists(st.booleans(), min_size=n * m, max_size=n * m))).view(n, m)),
+        "tensor": lambda: as_mask(bools(n, m)),
         "function": lambda: as_mask(lambda b, h, q, k: (q + 2 * k + b) % 3 != h),
     }  # fmt: skip
     if n <= m:

@@ -7,10 +7,10 @@ import math
 import entmax
 import pytest
 import torch
-from dense import qkv
 from torch.testing import assert_close
 
 import saccade
+from dense import qkv
 from saccade import Attention, SpecError, edits, masks, normalizers, scores, stats
 
 N, M, H = 11, 17, 4

@@ -186,7 +186,7 @@ def why_not(backend: str, call: _Call, program: Program) -> str | None:
 def _sdpa(call: _Call, spec: Attention) -> Tensor:
     q, k = spec.form.prepare(call.q, call.k)
     shape = call.shape
-    causal = isinstance(spec.mask, Causal) and not (shape.offset == shape.m - 1)
+    causal = isinstance(spec.mask, Causal) and shape.offset != shape.m - 1
     if causal and shape.n < shape.m:
         k, v = k[:, :, : shape.n], call.v[:, :, : shape.n]
     else:
@@ -251,7 +251,7 @@ class _Call:
             raise SpecError(f"q, k and v must share one floating dtype: {kinds}. Cast them with .to(q.dtype).")
         if len({x.device for x in (q, k, v)}) > 1:
             raise SpecError(f"q, k and v must be on one device: {', '.join(str(x.device) for x in (q, k, v))}")
-        for tensor in [*spec.parameters(), *spec.buffers()]:
+        for tensor in [*spec.parameters(), *spec.buffers()] if q.device.type != "cpu" else ():
             if tensor.device != q.device and tensor.ndim:
                 raise SpecError(f"the spec holds tensors on {tensor.device}, q is on {q.device}: spec.to({q.device})")
         if k.shape[2] != v.shape[2]:

@@ -66,8 +66,10 @@ def run(
     q = _pad(q.reshape(inner.groups, inner.rep, n, q.shape[-1]), layout.row_multiple)
     k = _pad(k.reshape(shape.groups, m, k.shape[-1]), layout.column_multiple)
     v = _pad(v.reshape(shape.groups, m, v.shape[-1]), layout.column_multiple)
-    learned = program.spec.learned()
-    out, *flat = _Band.apply(program, layout, q, k, v, *learned)
+    if torch.is_grad_enabled():
+        out, *flat = _Band.apply(program, layout, q, k, v, *program.spec.learned())
+    else:
+        out, *flat = _forward(program, layout, q, k, v)
     out = out[:, :, :n].reshape(shape.batch, shape.heads, n, v.shape[-1])
     whole: list[list[Tensor]] = []
     for stat in program.stats:
@@ -112,7 +114,7 @@ def _scores(program: Program, strip: Strip | Gathered, q: Tensor, k: Tensor, scr
     scale = program.spec.form.scale(q.shape[-1])
     rows, keys = strip.rows(q), strip.keys(k)
     if scale is None:
-        g, rep, n, m = strip.tile
+        _, rep, n, _ = strip.tile
         tile = program.spec.form.tile(rows.unflatten(1, (rep, n)), keys[:, None])
         return tile.to(ACCUMULATE.get(tile.dtype, tile.dtype))
     wide = ACCUMULATE.get(q.dtype, q.dtype)
@@ -166,7 +168,7 @@ class _Places:
             elif stat.axis == "blocks":
                 sizes = [(*heads, -(-self.rows // stat.block[0]), -(-shape.m // stat.block[1]))]
             else:
-                sizes = [(*heads, len(stat.chosen(shape.n)), self.columns)]  # type: ignore[attr-defined]
+                sizes = [(*heads, len(stat.chosen(shape.n)), self.columns)]
             whole.append([like.new_full(size, fill) for size in sizes])
         return whole
 
@@ -182,7 +184,7 @@ class _Places:
                 elif stat.axis == "blocks":
                     strip.put_blocks(tensors[i], piece, stat.block[0])
                 else:
-                    strip.put_chosen(tensors[i], piece, stat.chosen(self.shape.n))  # type: ignore[attr-defined]
+                    strip.put_chosen(tensors[i], piece, stat.chosen(self.shape.n))
 
     def take(self, strip: Strip | Gathered, index: int, grad: Tensor) -> Tensor:
         stat = self.stats[index]
@@ -192,7 +194,21 @@ class _Places:
             return strip.get_columns(grad)
         if stat.axis == "blocks":
             return strip.get_blocks(grad, stat.block[0])
-        return strip.get_chosen(grad, stat.chosen(self.shape.n))  # type: ignore[attr-defined]
+        return strip.get_chosen(grad, stat.chosen(self.shape.n))
+
+
+def _forward(program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Output and the tensors of all stats, tile by tile."""
+    scratch = _Scratch(q.device)
+    places = _Places(program, layout)
+    whole = places.empty(torch.empty(0, dtype=ACCUMULATE.get(q.dtype, q.dtype), device=q.device))
+    out = v.new_zeros(*q.shape[:3], v.shape[-1])
+    for strip in layout.strips:
+        tile = _scores(program, strip, q, k, scratch)
+        weights, seen = program.fast(tile, strip.at, strip.hidden(), _may_be_empty(program, strip), scratch)
+        strip.put_rows(out, _values(strip, weights, v))
+        places.put(strip, whole, seen)
+    return [out, *(x for tensors in whole for x in tensors)]
 
 
 class _Band(torch.autograd.Function):
@@ -202,17 +218,7 @@ class _Band(torch.autograd.Function):
     def forward(
         ctx: Any, program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *learned: Tensor
     ) -> tuple[Tensor, ...]:
-        scratch = _Scratch(q.device)
-        places = _Places(program, layout)
-        wide = torch.empty(0, dtype=ACCUMULATE.get(q.dtype, q.dtype), device=q.device)
-        whole = places.empty(wide)
-        out = v.new_zeros(*q.shape[:3], v.shape[-1])
-        for strip in layout.strips:
-            tile = _scores(program, strip, q, k, scratch)
-            weights, seen = program.fast(tile, strip.at, strip.hidden(), _may_be_empty(program, strip), scratch)
-            strip.put_rows(out, _values(strip, weights, v))
-            places.put(strip, whole, seen)
-        flat = [x for tensors in whole for x in tensors]
+        out, *flat = _forward(program, layout, q, k, v)
         ctx.mark_non_differentiable(*[x for x in flat if not x.is_floating_point()])
         ctx.program, ctx.layout, ctx.learned = program, layout, learned
         ctx.save_for_backward(q, k, v)

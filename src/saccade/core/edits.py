@@ -60,6 +60,8 @@ class Function(Edit):
 class Scale(Edit):
     """Multiply the weights of a region by ``factor``: a number, or one per head ``[H]`` (a learned gate)."""
 
+    factor: Tensor | float
+
     def __init__(self, factor: Tensor | float, keys: Any = None, queries: Any = None, heads: Any = None):
         super().__init__()
         self.hold("factor", factor)
@@ -111,6 +113,8 @@ class Replace(Edit):
     """Put given weights (a number, or a tensor that broadcasts to ``[B, H, N, M]``) in a region."""
 
     needs_visible = True
+
+    weights: Tensor | float
 
     def __init__(self, weights: Tensor | float, keys: Any = None, queries: Any = None, heads: Any = None):
         super().__init__()
@@ -165,6 +169,9 @@ class Mix(Edit):
     """
 
     needs_visible = True
+
+    other: Tensor | str
+    share: Tensor | float
 
     def __init__(self, other: Tensor | str, share: Tensor | float):
         super().__init__()
@@ -243,6 +250,8 @@ class MixHeads(Edit):
     """``w'[h] = sum_g matrix[h, g] * w[g]``: talking heads after the normalizer (arXiv:2003.02436)."""
 
     mixes_heads = True
+
+    matrix: Tensor
 
     def __init__(self, matrix: Tensor):
         super().__init__()

@@ -5,5 +5,5 @@ class SpecError(ValueError):
     """A program or an input that means nothing: wrong shape, wrong range, wrong name."""
 
 
-class Unsupported(RuntimeError):
+class Unsupported(RuntimeError):  # noqa: N818  (a refusal is not a failure)
     """An executor was asked by name for a program it cannot run; the message holds the reason."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,7 +82,9 @@ class _Cut:
         """Every row sees every key."""
         shape = self.shape
         rows = self._rows(shape.m, shape.m)
-        strips = [s for r0 in range(0, shape.n, rows) for s in self._strips(r0, rows, 0, shape.m, [], False)]
+        strips: list[Strip | Gathered] = [
+            s for r0 in range(0, shape.n, rows) for s in self._strips(r0, rows, 0, shape.m, [], False)
+        ]
         return Layout(shape, strips, 1, 1)
 
     def looked_at(self) -> Layout:
@@ -94,7 +97,10 @@ class _Cut:
         if not len(anyone):
             return Layout(shape, [], 1, 1)
         k0, k1 = int(anyone[0]), int(anyone[-1]) + 1
-        whole = bool(seen[..., k0:k1].all()) if seen.shape[-1] > 1 else bool(seen.all())
+        seen = seen.expand(*seen.shape[:3], shape.m)[..., k0:k1]
+        whole = bool(seen.all())
+        if self.mask.by_distance:
+            self._known[-k0, shape.n, k1 - k0] = ~seen
         strips = self._strips(0, shape.n, k0, k1, [] if whole else [(0, k1 - k0)], not whole)
         return Layout(shape, list(strips), 1, 1)
 
@@ -117,11 +123,10 @@ class _Cut:
                         full = [c for a, z in visited for c in range(a, z) if c not in looked]
                         holes.setdefault(groups, []).append((first + i, full, sorted(looked)))
                         continue
-                    gaps = [(a, z) for (_, a), (z, _) in zip(visited, visited[1:], strict=False)]
+                    gaps = [(a, z) for (_, a), (z, _) in itertools.pairwise(visited)]
                     k0, k1 = low * COLUMNS, min(high * COLUMNS, shape.m)
                     look = [
-                        (a * COLUMNS - k0, min(z * COLUMNS, shape.m) - k0)
-                        for a, z in _merge(sorted([*partial, *gaps]))
+                        (a * COLUMNS - k0, min(z * COLUMNS, shape.m) - k0) for a, z in _merge(sorted([*partial, *gaps]))
                     ]
                     may_be_empty = sum(z - a for a, z in look) == k1 - k0
                     strips += self._strips((first + i) * rows, rows, k0, k1, look, may_be_empty, groups)

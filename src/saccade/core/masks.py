@@ -292,6 +292,8 @@ class Sinks(Mask):
 class Prefix(Mask):
     """The first ``length`` keys, one number or ``[B]``; ``Causal() | Prefix(p)`` is a prefix language model."""
 
+    length: Tensor
+
     def __init__(self, length: int | Tensor):
         super().__init__()
         self.hold("length", torch.as_tensor(length))
@@ -309,6 +311,8 @@ class Prefix(Mask):
 
 class Padding(Mask):
     """Keys that hold tokens: ``keep`` is a bool (or 0/1) tensor ``[B, M]``, as a tokenizer's attention mask."""
+
+    keep: Tensor
 
     def __init__(self, keep: Tensor):
         super().__init__()
@@ -342,6 +346,9 @@ class Documents(Mask):
         queries: the same for the queries, if they are not the last N of these positions: ``[N]`` or ``[B, N]``.
     """
 
+    ids: Tensor
+    queries: Tensor | None
+
     def __init__(self, ids: Tensor, queries: Tensor | None = None):
         super().__init__()
         for name, value in (("ids", ids), ("queries", queries)):
@@ -370,7 +377,7 @@ class Documents(Mask):
         self._check(span.m, span.n, span.offset)
         own = self.queries is None
         q_lo, q_hi = _extent(
-            self.ids if own else self.queries,
+            self.ids if self.queries is None else self.queries,
             span.q_lo[:, 0] + (span.offset if own else 0),
             span.q_hi[:, 0] + (span.offset if own else 0),
         )
@@ -415,6 +422,8 @@ class Blocks(Mask):
         size: side of a block, in tokens.
         layout: bool ``[nq, nk]`` or ``[H, nq, nk]``, counted in blocks from position 0 of the keys.
     """
+
+    layout: Tensor | None
 
     def __init__(self, size: int, layout: Tensor | None = None):
         super().__init__()
@@ -546,6 +555,8 @@ def _run_extent(lo: Tensor, hi: Tensor, inner: int, length: int) -> tuple[Tensor
 class Given(Mask):
     """A bool tensor that broadcasts to ``[B, H, N, M]``. It costs what it weighs; prefer a mask in closed form."""
 
+    keep: Tensor
+
     def __init__(self, keep: Tensor):
         super().__init__()
         if keep.dtype != torch.bool or not 2 <= keep.ndim <= 4:
@@ -558,7 +569,9 @@ class Given(Mask):
     def visible(self, at: At) -> Tensor:
         self._check((at.batch, at.heads, at.n, at.m))
         index = (at.b, at.h, at.q, at.k)
-        return self.keep[tuple(i if s > 1 else torch.zeros_like(i) for i, s in zip(index, self.keep.shape, strict=True))]
+        return self.keep[
+            tuple(i if s > 1 else torch.zeros_like(i) for i, s in zip(index, self.keep.shape, strict=True))
+        ]
 
     def blocks(self, span: Span) -> Tensor:
         self._check((span.batch, span.heads, span.n, span.m))

@@ -46,6 +46,8 @@ class Softmax(Normalizer):
         off_by_one: a sink of 0: ``exp(s) / (1 + sum exp(s))``.
     """
 
+    sink: Tensor | float | None
+
     def __init__(self, sink: Tensor | float | None = None, off_by_one: bool = False):
         super().__init__()
         if off_by_one and sink is not None:
@@ -99,6 +101,8 @@ class Sigmoid(Normalizer):
     Args:
         bias: a number, one per head ``[H]``, or ``None`` for the paper's ``-log M``, M the number of keys.
     """
+
+    bias: Tensor | float | None
 
     def __init__(self, bias: Tensor | float | None = None):
         super().__init__()
@@ -186,6 +190,8 @@ class Entmax(Normalizer):
     """
 
     unit_rows = True
+
+    alpha: Tensor | float
 
     def __init__(self, alpha: Tensor | float = 1.5):
         super().__init__()

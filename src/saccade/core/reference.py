@@ -1,4 +1,4 @@
-"""The reference executor: the whole score matrix at once, through autograd. Slow, plain, and the judge of the others."""
+"""The reference executor: the whole score matrix at once, through autograd. Slow, plain, the judge of the others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(
     whole = []
     for stat, pieces in zip(program.stats, seen, strict=True):
         if stat.axis == "chosen":
-            pieces = tuple(p[:, :, stat.chosen(at.n)] for p in pieces)  # type: ignore[attr-defined]
+            pieces = tuple(p[:, :, stat.chosen(at.n)] for p in pieces)
         whole.append(list(pieces))
     if v is None:
         return None, weights, whole

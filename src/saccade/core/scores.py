@@ -53,6 +53,8 @@ class Bilinear(Form):
         scale: 1 if not given, as in the paper.
     """
 
+    weight: Tensor
+
     def __init__(self, weight: Tensor, scale: float = 1.0):
         super().__init__()
         if weight.ndim not in (2, 3):
@@ -74,6 +76,10 @@ class Additive(Form):
         query, key: projections ``[A, D]``.
         energy: ``[A]``.
     """
+
+    query: Tensor
+    key: Tensor
+    energy: Tensor
 
     def __init__(self, query: Tensor, key: Tensor, energy: Tensor):
         super().__init__()
@@ -165,6 +171,8 @@ class ALiBi(Score):
         slopes: ``[H]``; the paper's geometric sequence for the number of heads if not given.
     """
 
+    slopes: Tensor | None
+
     def __init__(self, slopes: Tensor | None = None):
         super().__init__()
         self.hold("slopes", slopes)
@@ -202,6 +210,8 @@ class RelativeBias(Score):
     ``reach``; without, every distance up to ``reach`` has its own entry and farther ones share the last.
     """
 
+    table: Tensor
+
     def __init__(
         self, heads: int, reach: int = 128, *, buckets: int | None = None, bidirectional: bool = True,
         table: Tensor | None = None,
@@ -235,6 +245,8 @@ class RelativeBias(Score):
 class Bias(Score):
     """``score + bias``: a tensor that broadcasts to ``[B, H, N, M]`` (an additive mask, a pair representation)."""
 
+    bias: Tensor
+
     def __init__(self, bias: Tensor):
         super().__init__()
         if not 2 <= bias.ndim <= 4:
@@ -262,6 +274,8 @@ def look_up(tensor: Tensor, at: At, what: str) -> Tensor:
 class Temperature(Score):
     """``score / temperature``: a number, or a tensor that broadcasts to ``[B, H, N]`` (one per query)."""
 
+    temperature: Tensor
+
     def __init__(self, temperature: Tensor | float):
         super().__init__()
         self.hold("temperature", torch.as_tensor(temperature))
@@ -277,6 +291,8 @@ class MixHeads(Score):
     """``score'[h] = sum_g matrix[h, g] * score[g]``: talking heads before the normalizer (arXiv:2003.02436)."""
 
     mixes_heads = True
+
+    matrix: Tensor
 
     def __init__(self, matrix: Tensor):
         super().__init__()

@@ -45,6 +45,10 @@ class Stat(Part):
         """Shape after ``[B, H, N]`` of each tensor :meth:`see` returns, for axis "rows"."""
         return ((),)
 
+    def chosen(self, n: int) -> list[int]:
+        """The rows of n that are kept, for axis "chosen"."""
+        return []
+
     def finish(self, *seen: Tensor) -> Any:
         """The result, from the whole tensors ``[B, H, ...]``."""
         return seen[0]
@@ -177,7 +181,7 @@ class _BlockStat(Stat):
 
     def __init__(self, block: int | tuple[int, int] = 64, name: str | None = None, edited: bool = True):
         super().__init__(name, edited)
-        self.block = (block, block) if isinstance(block, int) else tuple(block)
+        self.block = (block, block) if isinstance(block, int) else (block[0], block[1])
         if min(self.block) < 1:
             raise SpecError(f"{type(self).__name__} needs blocks of at least 1; got {block}")
 

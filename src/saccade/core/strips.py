@@ -17,6 +17,7 @@ from .masks import Mask
 from .program import Hidden
 from .tile import At
 
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a call: ``rep`` query heads share each of ``kv_heads`` key heads."""

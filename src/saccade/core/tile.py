@@ -67,9 +67,7 @@ class At:
         return tile.reshape(-1, self.heads, *tile.shape[-2:])
 
     @staticmethod
-    def everywhere(
-        batch: int, heads: int, n: int, m: int, offset: int, counted: bool, device: torch.device
-    ) -> At:
+    def everywhere(batch: int, heads: int, n: int, m: int, offset: int, counted: bool, device: torch.device) -> At:
         """The place of the whole matrix."""
         b, h, q, k = (torch.arange(size, device=device) for size in (batch, heads, n, m))
         return At(
