@@ -97,7 +97,7 @@ def test_no_program_of_the_peer_is_left_out():
 def test_a_function_that_does_not_broadcast_is_noticed():
     spec = saccade.Attention(mask=gm.generate_vision_cross_attention_mask_mod(torch.tensor([[0, 9], [9, 20]]), 8))
     saccade.attention(torch.randn(1, 1, 20, 8), torch.randn(1, 1, 16, 8), torch.randn(1, 1, 16, 8), spec)
-    assert spec.mask.call.broadcasts is False
+    assert spec.mask._call.broadcasts is False
     plain = saccade.Attention(mask=gm.causal_mask)
     saccade.attention(*(torch.randn(1, 1, 20, 8) for _ in range(3)), plain)
-    assert plain.mask.call.broadcasts is True
+    assert plain.mask._call.broadcasts is True

@@ -272,6 +272,22 @@ def test_keys_that_nobody_sees_may_hold_anything():
         assert all(torch.isfinite(g).all() for g in grads)
 
 
+def test_selection_does_not_read_padding():
+    keep = torch.arange(40) < torch.tensor([[40], [23]])
+    spec = Attention(mask=masks.Padding(keep) & masks.Causal(), select=selectors.TopKBlocks(2, 8))
+    q, k, v = (x.detach() for x in qkv((2, 2, 2, 40, 40)))
+    gone = ~keep[:, None, :, None]
+    one, other = (saccade.attention(q, k.masked_fill(gone, junk), v, spec) for junk in (float("nan"), 9.0))
+    assert torch.equal(one, other)
+
+
+def test_a_scale_of_zero_weighs_all_alike():
+    q, k, v = (x.detach() for x in qkv((1, 2, 2, 9, 9)))
+    for dtype in (torch.float64, torch.bfloat16):
+        out = saccade.attention(q.to(dtype), k.to(dtype), v.to(dtype), Attention(score=scores.Dot(0.0)))
+        torch.testing.assert_close(out[:, :, 0].double(), v.mean(2), rtol=1e-2, atol=1e-2)
+
+
 def test_same_seed_same_result_and_dropout_draws_again():
     q, k, v = qkv((1, 2, 2, 90, 90))
     drop = edits.Dropout(0.4, seed=1)

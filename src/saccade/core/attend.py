@@ -67,7 +67,7 @@ def attention(
         return _flex(call, spec)
     q, k = spec.form.prepare(call.q, call.k)
     k, v = call.unread(spec, k, call.v)
-    selection = call.select(spec)
+    selection = call.select(spec, q, k)
     if name == "reference":
         out, _, whole = reference.run(program, call.at, selection, q, k, v)
         assert out is not None
@@ -90,7 +90,7 @@ def weights(q: Tensor, k: Tensor, spec: Attention | None = None, *, offset: int 
     call = _Call.check(q, k, None, spec, (), offset)
     q, k = spec.form.prepare(call.q, call.k)
     k, _ = call.unread(spec, k, k)
-    return reference.run(Program(spec), call.at, call.select(spec), q, k, None)[1]
+    return reference.run(Program(spec), call.at, call.select(spec, q, k), q, k, None)[1]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def explain(
     refused = {other: reason for other in BACKENDS[1:] if (reason := why_not(other, call, program))}
     if name != "band":
         return Explanation(name, why, refused, 1.0, 0)
-    layout = lay_out(call.shape, spec.mask, selection=call.select(spec))
+    layout = lay_out(call.shape, spec.mask, selection=call.select(spec, call.q, call.k))
     return Explanation(name, why, refused, layout.visited, len(layout.strips))
 
 
@@ -174,6 +174,8 @@ def why_not(backend: str, call: _Call, program: Program) -> str | None:
         return None
     if len(spec.scores):
         return f"it cannot modify scores ({', '.join(type(s).__name__ for s in spec.modifiers)})"
+    if spec.form.scale(call.q.shape[-1]) == 0:
+        return "it gives NaN for a scale of 0"
     if isinstance(spec.mask, Full):
         return None
     if not isinstance(spec.mask, Causal):
@@ -287,7 +289,7 @@ class _Call:
         gone = unseen[:, :, 0, :, None]
         return k.masked_fill(gone, 0), v.masked_fill(gone, 0)
 
-    def select(self, spec: Attention) -> Selection | None:
+    def select(self, spec: Attention, q: Tensor, k: Tensor) -> Selection | None:
         """The blocks that the spec's selector chooses."""
         if spec.select is None:
             return None
@@ -300,7 +302,7 @@ class _Call:
         codes = codes[(None,) * (4 - codes.ndim)]
         if not bool((codes > EMPTY).any()):
             raise SpecError("the mask hides every key, so there is nothing to select from")
-        found = spec.select.choose(self.q, self.k, codes)
+        found = spec.select.choose(q, k, codes)
         nq, heads = -(-s.n // found.rows), found.blocks.shape[1]
         if found.blocks.ndim != 4 or found.blocks.shape[2] != nq or heads not in (1, s.kv_heads, s.heads):
             raise SpecError(

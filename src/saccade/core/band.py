@@ -121,7 +121,8 @@ def _scores(program: Program, strip: Strip | Gathered, q: Tensor, k: Tensor, scr
     flat = scratch((rows.shape[0], rows.shape[1], keys.shape[1]), q.dtype, "scores")
     if wide == q.dtype:
         return _product(rows, keys.mT, flat, scale).view(strip.tile)
-    if math.log2(scale).is_integer():  # then it costs no precision on the queries, and the product is faster without
+    # A power of two costs no precision on the queries, and the product without a scale is faster.
+    if scale > 0 and math.log2(scale).is_integer():
         rows, scale = rows * scale, 1.0
     tile = _product(rows, keys.mT, flat, scale).view(strip.tile)
     return tile if program.plain else scratch(strip.tile, wide, "wide").copy_(tile)

@@ -50,10 +50,10 @@ class Function(Edit):
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
         self.function = function
-        self.call = PlainFunction(function)
+        self._call = PlainFunction(function)
 
     def forward(self, weights: Tensor, at: At, visible: Tensor | None) -> Tensor:
-        edited = self.call(at, weights).to(weights.dtype).expand_as(weights)
+        edited = self._call(at, weights).to(weights.dtype).expand_as(weights)
         return edited if visible is None else edited.masked_fill(~visible, 0)
 
 

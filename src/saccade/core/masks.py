@@ -596,10 +596,10 @@ class Function(Mask):
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
         self.function = function
-        self.call = PlainFunction(function)
+        self._call = PlainFunction(function)
 
     def visible(self, at: At) -> Tensor:
-        return self.call(at).bool()
+        return self._call(at).bool()
 
 
 @dataclass(frozen=True)

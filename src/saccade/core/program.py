@@ -144,7 +144,7 @@ class Program:
     def mask_scores(self, tile: Tensor, at: At, hidden: Sequence[Hidden]) -> Tensor:
         """Modified scores with ``-inf`` where the mask hides a key, in place where possible."""
         for modifier in self.spec.modifiers:
-            if self.compile and isinstance(modifier, scores.Function) and modifier.call.broadcasts is not False:
+            if self.compile and isinstance(modifier, scores.Function) and modifier._call.broadcasts is not False:
                 tile = _compiled(modifier.function)(tile, *at.indices).to(tile.dtype)
             else:
                 tile = modifier.inplace(tile, at)

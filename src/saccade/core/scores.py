@@ -142,10 +142,10 @@ class Function(Score):
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
         self.function = function
-        self.call = PlainFunction(function)
+        self._call = PlainFunction(function)
 
     def forward(self, score: Tensor, at: At) -> Tensor:
-        return self.call(at, score).to(score.dtype).expand_as(score)
+        return self._call(at, score).to(score.dtype).expand_as(score)
 
 
 class SoftCap(Score):

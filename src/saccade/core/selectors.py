@@ -66,6 +66,9 @@ def pool(x: Tensor, size: int) -> Tensor:
 class TopKBlocks(Select):
     """The ``keep`` key blocks whose mean key scores highest with the block's mean query, per head.
 
+    Queries of a block choose together, so a query's blocks depend on its block's later queries: exact decoding and
+    strict causality need ``rows=1``, which costs more.
+
     Args:
         keep: blocks per query block, those forced by ``local`` and ``first`` included.
         block: tokens per key block.

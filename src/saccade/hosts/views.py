@@ -1,0 +1,155 @@
+"""What a transformers model lets its queries see, as saccade's masks: causal, sliding, padded, or the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..core.errors import Unsupported
+from ..core.masks import And, Causal, Full, Function, Given, Mask, Or, Padding, Span, Window
+from ..core.tile import At
+
+FOREVER = 2**40  # a window side that never ends
+
+
+@dataclass(frozen=True)
+class View:
+    """What the model lets its queries see, as saccade's parts; transformers hands it on in place of a mask tensor.
+
+    ``mask`` counts the ``keys`` that are there, ``offset`` is the place of query 0 among them. ``first`` ``[B]`` is
+    where each text begins, in the same count: positive after left padding, negative where a cache dropped keys.
+    ``name`` says in a few words what all this is, if it depends on nothing else: then programs combined with it are
+    kept.
+    """
+
+    mask: Mask
+    keys: int
+    offset: int
+    padding: Tensor | None = None
+    first: Tensor | None = None
+    bias: Tensor | None = None
+    name: Any = None
+
+    # What transformers asks of a mask that it made for a static cache and hands to the model as one of the user's.
+    ndim = 4
+
+    def contiguous(self) -> View:
+        """Itself."""
+        return self
+
+    @staticmethod
+    def of(
+        *, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, mask_function: Any,
+        attention_mask: Any = None, device: Any = None, **_: Any,
+    ) -> View:  # fmt: skip
+        """The mask function that transformers calls, once per forward and kind of layer."""
+        if isinstance(attention_mask, View):
+            return attention_mask
+        dropped, offset = int(kv_offset), int(q_offset) - int(kv_offset)
+        name, mask = _recognise(mask_function)
+        if name is None and dropped:
+            mask = Shifted(mask, torch.tensor([-dropped], device=device))
+        first = torch.tensor([-dropped], device=device) if dropped else None
+        if attention_mask is None or bool(attention_mask.all()):
+            return View(mask, kv_length, offset, first=first, name=name if first is None else None)
+        first = attention_mask.to(torch.int64).argmax(-1) - dropped
+        padding = attention_mask[:, dropped : dropped + kv_length]
+        padding = pad(padding, (0, kv_length - padding.shape[1]))
+        return View(mask, kv_length, offset, padding, first if bool(first.any()) else None)
+
+    @staticmethod
+    def given(mask: Any, query: Tensor, key: Tensor) -> View:
+        """A four-dimensional mask that the user made: it stands in for the model's own. ``None``: causal."""
+        n, m = query.shape[2], key.shape[2]
+        if mask is None:
+            return View(Causal(), m, m - n, name="causal")
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            raise Unsupported(f"the model handed over a mask of an unknown kind: {type(mask).__name__}")
+        mask = mask[..., :m]
+        if mask.dtype == torch.bool:
+            return View(Given(mask), m, m - n)
+        hidden = mask <= torch.finfo(mask.dtype).min / 2  # additive masks write -inf or the dtype's least number
+        return View(Given(~hidden), m, m - n, bias=mask.masked_fill(hidden, 0))
+
+    def narrow(self, mask: Mask) -> Mask:
+        """The program's mask within the model's."""
+        parts = [] if isinstance(mask, Full) else [mask if self.first is None else Shifted(mask, self.first)]
+        if not (isinstance(self.mask, Causal) and self.first is None and any(map(_is_causal, parts))):
+            parts.insert(0, self.mask)
+        if self.padding is not None:
+            parts.append(Padding(self.padding))
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = And(whole, part)
+        return whole
+
+
+def _is_causal(mask: Mask) -> bool:
+    """Does the mask already hide the future?"""
+    return isinstance(mask, Causal) or (isinstance(mask, And) and (_is_causal(mask.left) or _is_causal(mask.right)))
+
+
+def _recognise(function: Any) -> tuple[Any, Mask]:
+    """A transformers mask function as a mask in closed form, with a name; as it is (no name) if it is a stranger.
+
+    The functions are closures; they are known by where they were defined and what they close over.
+    """
+    kind = getattr(function, "__qualname__", "")
+    inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if kind == "causal_mask_function":
+        return "causal", Causal()
+    if kind == "sliding_window_overlay.<locals>.inner_mask":
+        return ("window", inside[0]), Window(inside[0], right=FOREVER)
+    if kind in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask") and len(inside) == 1:
+        join = And if kind.startswith("and") else Or
+        names, parts = zip(*map(_recognise, inside[0]), strict=True)
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = join(whole, part)
+        return (None if None in names else (join.__name__, names)), whole
+    return None, Function(function)
+
+
+class Shifted(Mask):
+    """A mask that counts positions from each sample's ``first`` place ``[B]`` (or ``[1]``) on.
+
+    Places before it are taken for the first one: they are padding, which another mask hides.
+    """
+
+    def __init__(self, inner: Mask, first: Tensor):
+        super().__init__()
+        self.inner: Mask = inner
+        self.first: Tensor
+        self.hold("first", first)
+
+    def _move(self, at: At) -> At:
+        first = self.first[at.b] if len(self.first) > 1 else self.first
+        return replace(at, q=(at.q - first).clamp(min=-at.offset), k=(at.k - first).clamp(min=0))
+
+    def visible(self, at: At) -> Tensor:
+        """As the inner mask sees the moved places."""
+        return self.inner.visible(self._move(at))
+
+    def unseen(self, at: At) -> Tensor | None:
+        """As the inner mask sees the moved places."""
+        return self.inner.unseen(self._move(at))
+
+    def blocks(self, span: Span) -> Tensor:
+        """Codes of the inner mask for every sample's move, ``[B or 1, ...]``."""
+        codes = []
+        for sample, first in enumerate(self.first.tolist()):
+            moved = replace(
+                span,
+                q_lo=(span.q_lo - first).clamp(min=-span.offset),
+                q_hi=(span.q_hi - first).clamp(min=-span.offset),
+                k_lo=(span.k_lo - first).clamp(min=0),
+                k_hi=(span.k_hi - first).clamp(min=0),
+            )
+            found = self.inner.blocks(moved)
+            found = found[(None,) * (4 - found.ndim)]
+            codes.append(found[min(sample, len(found) - 1)])
+        return torch.stack(torch.broadcast_tensors(*codes))

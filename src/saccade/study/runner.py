@@ -1,0 +1,269 @@
+"""Running a study: cells of system x task x length, each kept in a file of its own as soon as it is done.
+
+A cell's file is named after everything that determines what is in it. So an interrupt loses at most the cell in
+progress, the next run computes what is missing, and a changed model, program or engine computes anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..core.errors import SpecError, Unsupported
+from ..hosts.transformers import install
+from . import measure, models, programs, tasks
+
+SPEED = "speed"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study does. ``model``: a directory or Hub id, or ``None`` for the zoo's; ``count``: samples per cell."""
+
+    model: str | None = None
+    systems: tuple[str, ...] = programs.DEFAULT
+    tasks: tuple[str, ...] = tasks.DEFAULT
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    count: int = 8
+    repeats: int = 5
+    steps: int = 8
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what means nothing, before anything is loaded.
+
+        Raises:
+            SpecError: with what to write instead.
+        """
+        for name in self.tasks:
+            if name not in tasks.NAMES:
+                raise SpecError(f"unknown task {name!r}: there are {', '.join(tasks.NAMES)}")
+        for name, value in (("count", self.count), ("repeats", self.repeats), ("steps", self.steps)):
+            if value < 1:
+                raise SpecError(f"{name} must be at least 1; got {value}")
+        if not (self.lengths and self.tasks):
+            raise SpecError("a study needs at least one length and one task")
+        short = [n for n in self.lengths if n < 16]
+        if short:
+            raise SpecError(f"lengths must be at least 16 tokens; got {short[0]}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a task of a system at a length, or (task ``speed``) what the system costs there."""
+
+    entry: programs.Entry
+    task: str
+    length: int
+
+
+@dataclass
+class Study:
+    """A loaded model and the cells to measure on it, in a directory.
+
+    Raises:
+        SpecError: unknown systems or tasks, a model that is none, lengths that do not fit.
+    """
+
+    settings: Settings
+    out: Path
+    model: Any = None
+    tokenizer: Any = None
+    computed: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.settings.check()
+        self.entries = programs.resolve(self.settings.systems)
+        if self.model is None:
+            self.model, self.tokenizer = models.load(self.settings.model)
+        self.vocabulary = tasks.vocabulary(self.model, self.tokenizer)
+        self.heads = int(self.model.config.num_attention_heads)
+        models.fits(self.model, self.settings.lengths)
+        try:
+            for task in self.settings.tasks:
+                for length in self.settings.lengths:
+                    self.vocabulary.samples(task, length, self.settings.seed, 1)
+        except ValueError as error:  # a world that has no room says what it needs
+            raise SpecError(str(error)) from error
+        with install(self.model, programs.find("dense").build(self.heads)):
+            pass  # a model that cannot run programs says so now
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, short ones first, so that a first look comes early."""
+        return [
+            Cell(entry, task, length)
+            for length in sorted(set(self.settings.lengths))
+            for task in [*dict.fromkeys(self.settings.tasks), SPEED]
+            for entry in self.entries
+        ]
+
+    def run(self, on_cell: Callable[[Cell, bool], None] = lambda cell, computed: None) -> list[dict[str, Any]]:
+        """Measure every cell that is not there yet; results in the order of :attr:`cells`.
+
+        Args:
+            on_cell: called after each cell, with whether it was computed now.
+        """
+        folder = self.out / "cells"
+        folder.mkdir(parents=True, exist_ok=True)
+        results = []
+        for cell in self.cells:
+            key = self.key(cell)
+            path = folder / f"{cell.entry.name}.{cell.task}.{cell.length}.{_digest(key)}.json"
+            known = _read(path)
+            if known is None:
+                start = time.perf_counter()
+                result = self._measure(cell)
+                known = {"key": key, "result": result, "seconds": round(time.perf_counter() - start, 2)}
+                write_whole(path, json.dumps(known, indent=1))
+                self.computed += 1
+                on_cell(cell, True)
+            else:
+                on_cell(cell, False)
+            results.append({"system": cell.entry.name, "task": cell.task, "length": cell.length, **known})
+        return results
+
+    def key(self, cell: Cell) -> dict[str, Any]:
+        """Everything that determines what a cell measures."""
+        key: dict[str, Any] = {
+            "model": self.fingerprint,
+            "system": cell.entry.name,
+            "program": cell.entry.settings(self.heads),
+            "source": cell.entry.code,
+            "task": cell.task,
+            "length": cell.length,
+            "seed": self.settings.seed,
+            "saccade": __version__,
+            "engine": engine(),
+            "torch": torch.__version__,
+        }
+        if cell.task != SPEED:
+            return {**key, "count": self.settings.count}
+        return {
+            **key,
+            "repeats": self.settings.repeats,
+            "steps": self.settings.steps,
+            "threads": torch.get_num_threads(),
+            "machine": models.environment(self.model)["machine"],
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells the model from every other."""
+        return models.fingerprint(self.model)
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        def program(layer: int, heads: int) -> Any:
+            return cell.entry.build(heads)
+
+        try:
+            if cell.task == SPEED:
+                (sample,) = self.vocabulary.samples(tasks.TEXT, cell.length, self.settings.seed, 1)
+                tokens = sample.tokens[None].to(self.model.device)
+                return measure.speed(
+                    self.model, program, tokens, repeats=self.settings.repeats, steps=self.settings.steps
+                )
+            with install(self.model, program):
+                samples = self.vocabulary.samples(cell.task, cell.length, self.settings.seed, self.settings.count)
+                return summed([tasks.score(self.model, sample) for sample in samples])
+        except (SpecError, Unsupported) as error:
+            return {"refused": str(error)}
+
+
+def summed(scores: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """One value for a cell (all answers or all bytes together), its spread over the samples, and the counts."""
+    over, under, name = ("bits", "bytes", "bits_per_byte") if "bits" in scores[0] else ("right", "asked", "accuracy")
+    totals = {part: sum(s[part] for s in scores) for part in (over, under)}
+    each = measure.Spread.of([s[over] / s[under] for s in scores])
+    return {name: totals[over] / totals[under], "spread": asdict(each), **totals}
+
+
+@cache
+def engine() -> str:
+    """A hash of the sources that compute and measure; taken once, as they were when this process began to run them."""
+    here = Path(__file__).parent
+    files = [*here.parent.glob("core/*.py"), *here.parent.glob("hosts/*.py"), here / "measure.py", here / "tasks.py"]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:12]
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A finished cell, or ``None``: a file that is not one (a full disk, an edit) is computed again."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) and "result" in known else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per system and length: quality, and cost as a multiple of the untouched model's in the same run.
+
+    ``accuracy`` is the mean over the recall tasks; a ratio is the median of the rounds' ratios. ``None``: not measured.
+    """
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for cell in cells:
+        row = rows.setdefault((cell["system"], cell["length"]), {"tasks": {}})
+        result = cell["result"]
+        if "refused" in result:
+            row["refused"] = result["refused"]
+        elif cell["task"] == SPEED:
+            row["speed"] = result
+        elif cell["task"] == tasks.TEXT:
+            row["bits_per_byte"] = result["bits_per_byte"]
+        else:
+            row["tasks"][cell["task"]] = result["accuracy"]
+    table = []
+    for (system, length), row in rows.items():
+        speed, dense = row.get("speed"), rows.get(("dense", length), {})
+        accuracy = _mean(row["tasks"])
+        line = {
+            "system": system,
+            "length": length,
+            "accuracy": accuracy,
+            "accuracy_minus_dense": _minus(accuracy, _mean(dense.get("tasks", {}))),
+            "by_task": row["tasks"],
+            "bits_per_byte": row.get("bits_per_byte"),
+            "bits_per_byte_minus_dense": _minus(row.get("bits_per_byte"), dense.get("bits_per_byte")),
+            "output_error": speed and speed["output_error"],
+            "prefill_ratio": speed and speed["prefill_ratio"],
+            "decode_ratio": speed and speed["decode_ratio"],
+            "memory_ratio": speed and _over(speed["prefill_peak_bytes"], speed["prefill_peak_bytes_dense"]),
+            "cache_ratio": speed and _over(speed["cache_bytes"], speed["cache_bytes_dense"]),
+            "refused": row.get("refused"),
+        }
+        table.append(line)
+    return table
+
+
+def _mean(by_task: dict[str, float]) -> float | None:
+    return statistics.fmean(by_task.values()) if by_task else None
+
+
+def _minus(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def _over(value: float, other: float) -> float | None:
+    return value / other if other else None

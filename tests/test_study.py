@@ -1,0 +1,212 @@
+"""The study on a real, tiny model: cells that survive, numbers that mean what they say, a report that stands alone."""
+
+import json
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from saccade import SpecError, masks
+from saccade.study import measure, programs, report, runner, tasks
+from saccade.study.runner import Settings, Study
+
+SETTINGS = Settings(
+    systems=("window", "uniform"), tasks=("text", "recall"), lengths=(64, 128), count=2, repeats=2, steps=2
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    job = Study(SETTINGS, tmp_path_factory.mktemp("study"), model)
+    cells = job.run()
+    return job, cells
+
+
+def test_every_cell_is_measured_once_and_none_again(done, model):
+    job, cells = done
+    assert job.computed == len(cells) == 3 * 3 * 2
+    again = Study(SETTINGS, job.out, model)
+    assert again.run() == cells
+    assert again.computed == 0
+
+
+def test_what_determines_a_cell_is_computed_anew(done, model, monkeypatch):
+    job, _ = done
+    other = Study(Settings(**{**vars(SETTINGS), "seed": 1, "lengths": (64,)}), job.out, model)
+    known = {json.dumps(job.key(c)) for c in job.cells}
+    assert not known & {json.dumps(other.key(c)) for c in other.cells}
+    same = Study(SETTINGS, job.out, model)
+    monkeypatch.setitem(programs.BASELINES, "window", ("narrower", lambda: programs.Attention(mask=masks.Window(9))))
+    missing = [c for c in same.cells if json.dumps(same.key(c)) not in known]
+    assert {c.entry.name for c in missing} == set()  # entries are taken when the study is made
+    changed = Study(SETTINGS, job.out, model)
+    assert {c.entry.name for c in changed.cells if json.dumps(changed.key(c)) not in known} == {"window"}
+    twin = LlamaForCausalLM(model.config)
+    twin.load_state_dict(model.state_dict())
+    assert runner.models.fingerprint(twin) == runner.models.fingerprint(model)
+    twin.model.layers[0].mlp.up_proj.weight.data[3, 3] += 1
+    assert runner.models.fingerprint(twin) != runner.models.fingerprint(model)
+
+
+def test_an_interrupt_keeps_finished_cells(model, tmp_path):
+    job = Study(SETTINGS, tmp_path, model)
+
+    def stop_after_three(cell, computed):
+        if job.computed == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(stop_after_three)
+    files = list((tmp_path / "cells").iterdir())
+    assert len(files) == 3
+    files[0].write_text("{broken")
+    again = Study(SETTINGS, tmp_path, model)
+    again.run()
+    assert again.computed == len(again.cells) - 2
+
+
+def test_dense_is_exact_and_uniform_is_not(done):
+    _, cells = done
+    by = {(c["system"], c["task"], c["length"]): c["result"] for c in cells}
+    for length in SETTINGS.lengths:
+        assert by["dense", "speed", length]["output_error"] < 1e-5
+        assert by["uniform", "speed", length]["output_error"] > 1e-3
+        assert by["window", "text", length] == by["dense", "text", length]  # 256 keys hold all of it
+        assert by["uniform", "text", length] != by["dense", "text", length]
+        # keys and values of two layers, one head of sixteen, four bytes each
+        assert by["dense", "speed", length]["cache_bytes"] == 2 * 2 * 16 * 4 * length
+        assert by["dense", "speed", length]["prefill_s"]["n"] == SETTINGS.repeats
+
+
+def test_the_report_stands_alone_and_holds_everything(done, tmp_path):
+    job, cells = done
+    results = report.collect(job, cells, "saccade study --model <tiny>", 1.0)
+    data, page = report.write(results, tmp_path)
+    loaded = json.loads(data.read_text())
+    assert {"settings", "environment", "cells", "summary", "command"} <= set(loaded)
+    assert len(loaded["cells"]) == len(cells) and len(loaded["summary"]) == 3 * 2
+    text = page.read_text()
+    fetched = re.findall(r"""(?:src|href)\s*=\s*["']?(?!#)[^"'\s>]+|url\((?!#)|@import|<link|<iframe""", text)
+    assert not fetched
+    assert text.count("<svg") == 3 and text.count('role="img"') == 3 and "<desc" in text
+    assert "<text" in text and "currentColor" in text and report.INK not in text
+    for name in ("dense", "window", "uniform"):
+        assert len(re.findall(rf"<td>{name}</td>", text)) >= 3 * 2
+    assert "&lt;tiny&gt;" in text and "<tiny>" not in text
+    assert job.fingerprint in text and torch.__version__ in text
+
+
+def test_a_program_that_refuses_is_reported_and_not_fatal(model, tmp_path, monkeypatch):
+    broken = ("wrong", lambda: programs.Attention(mask=torch.ones(3, 3, dtype=torch.bool)))
+    monkeypatch.setitem(programs.BASELINES, "blocks", broken)
+    job = Study(Settings(**{**vars(SETTINGS), "systems": ("blocks",), "lengths": (64,)}), tmp_path, model)
+    cells = job.run()
+    results = report.collect(job, cells, "x", 1.0)
+    assert sum("refused" in c["result"] for c in cells) == 3
+    assert "does not broadcast" in report.html(results)
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"systems": ("windw",)}, "did you mean 'window'"),
+        ({"tasks": ("texts",)}, "unknown task"),
+        ({"lengths": (1024,)}, "context of 512"),
+        ({"lengths": (8,)}, "at least 16"),
+        ({"count": 0}, "count must be at least 1"),
+        ({"tasks": ("copy",), "lengths": (16,)}, "length >="),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_before_anything_is_written(model, tmp_path, changed, words):
+    with pytest.raises(SpecError, match=words):
+        Study(Settings(**{**vars(SETTINGS), **changed}), tmp_path / "out", model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_length_beyond_memory_is_refused(model, monkeypatch):
+    monkeypatch.setattr(runner.models, "_free_memory", lambda: 10**5)
+    with pytest.raises(SpecError, match="GiB are free"):
+        runner.models.fits(model, [512])
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    def call():
+        for _ in range(5):
+            torch.empty(1000, 250).fill_(1)  # a megabyte each, one after the other
+
+    assert 1_000_000 <= measure.peak_bytes(call, torch.device("cpu")) < 1_100_000
+
+
+def test_cache_bytes_are_those_of_the_storages_each_once():
+    cache = DynamicCache()
+    whole = torch.zeros(1, 2, 100, 8)
+    for layer in range(3):
+        cache.update(whole[:, :, :10], torch.zeros(1, 2, 10, 8), layer)
+    kept = sum(t.untyped_storage().nbytes() for la in cache.layers for t in (la.keys, la.values))
+    assert measure.cache_bytes(cache) == kept
+    assert measure.cache_bytes([whole, whole[:, :1], {"x": whole}]) == whole.nbytes
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer that splits on words and punctuation and single digits: not bytes."""
+    pieces = {}
+    for task in ("text", "needle", "recall"):
+        for sample in tasks.Bytes().samples(task, 400, 0, 40):
+            page = bytes(t for t in sample.tokens.tolist() if t < 256).decode()
+            for piece in re.findall(r"\w+|[^\w\s]+", page):
+                pieces.setdefault(piece, len(pieces))
+    pieces["[UNK]"] = len(pieces)
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def test_a_tokenizer_reads_the_same_tasks(words, model):
+    read = tasks.vocabulary(model, words)
+    for sample in read.samples("needle", 64, 0, 3):
+        assert 32 < len(sample.tokens) <= 64
+        (start, stop) = sample.answers[-1]
+        assert stop == len(sample.tokens) and re.fullmatch(r"\d{4}|\[UNK\]", words.decode(sample.tokens[start:stop]))
+    prose = read.samples("text", 50, 0, 2)
+    assert all(len(s.tokens) == 50 and 100 < s.size < 500 for s in prose)
+
+
+def test_scoring_asks_for_every_token_of_an_answer(model):
+    class Parrot:
+        device = torch.device("cpu")
+
+        def __init__(self, wrong):
+            self.wrong = wrong
+
+        def __call__(self, input_ids, use_cache):
+            logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 260).float() * 50
+            logits[:, self.wrong - 1] = 0
+            return type("Out", (), {"logits": logits})
+
+    (sample,) = tasks.Bytes().samples("needle", 300, 0, 1)
+    _, stop = sample.answers[1]
+    assert tasks.score(Parrot(0), sample) == {"right": 4, "asked": 4}
+    assert tasks.score(Parrot(stop - 1), sample) == {"right": 3, "asked": 4}
+    assert tasks.score(Parrot(stop), sample) == {"right": 4, "asked": 4}
+    (prose,) = tasks.Bytes().samples("text", 101, 0, 1)
+    assert tasks.score(Parrot(0), prose)["bits"] < 1e-6
+    assert tasks.score(Parrot(7), prose)["bits"] == pytest.approx(torch.tensor(260.0).log2().item(), abs=1e-3)
+
+
+def test_the_baselines_are_at_least_eight_and_need_no_training(model):
+    assert len(programs.BASELINES) >= 8 and set(programs.DEFAULT) <= set(programs.BASELINES)
+    assert len({programs.find(n).settings(2) for n in programs.BASELINES}) == len(programs.BASELINES)
+    assert [e.name for e in programs.resolve(["topk", "dense", "topk"])] == ["dense", "topk"]
