@@ -327,3 +327,12 @@ def test_memory_grows_with_n_not_with_its_square(backward):
     small, large = (extra_memory(spec, n, [stats.KeyMass(), stats.Entropy()], backward) for n in (2048, 8192))
     assert large < 4.5 * small
     assert large < 8192 * 8192 * 4 / 4  # a quarter of one head's matrix
+
+
+def test_the_room_of_a_cache_that_is_not_full_is_not_read():
+    q, k, v = (x.detach() for x in qkv((1, 2, 2, 6, 20)))
+    for mask in (masks.Causal(), masks.Causal() & masks.Window(4), masks.Window(3)):
+        want = saccade.attention(q, k, v, Attention(mask=mask), offset=4)
+        empty = torch.arange(20)[:, None] >= 13
+        k_new, v_new = (x.masked_fill(empty, float("nan")) for x in (k, v))
+        torch.testing.assert_close(saccade.attention(q, k_new, v_new, Attention(mask=mask), offset=4), want)

@@ -82,6 +82,11 @@ def _code(empty: Tensor, full: Tensor) -> Tensor:
     return torch.where(full, FULL, torch.where(empty, EMPTY, PARTIAL).to(torch.int8)).to(torch.int8)
 
 
+def _beyond(at: At, stop: int) -> Tensor | None:
+    """Keys from ``stop`` on, if there are any."""
+    return None if stop >= at.m else at.k >= stop
+
+
 class Mask(Part):
     """Base of all masks. Combine with ``&``, ``|``, ``~``; a bool tensor or a function may stand on either side."""
 
@@ -217,6 +222,9 @@ class Causal(Mask):
     def blocks(self, span: Span) -> Tensor:
         return _code(span.distance_hi < 0, span.distance_lo >= 0)
 
+    def unseen(self, at: At) -> Tensor | None:
+        return _beyond(at, at.n + at.offset)  # the room of a cache that is not full yet
+
 
 class Window(Mask):
     """Keys less than ``size`` away: ``row - size < k < row + size``; with ``Causal()`` the last ``size`` keys.
@@ -241,6 +249,9 @@ class Window(Mask):
         lo, hi = span.distance_lo, span.distance_hi
         right = -(self.right or self.size)
         return _code((lo >= self.size) | (hi <= right), (hi < self.size) & (lo > right))
+
+    def unseen(self, at: At) -> Tensor | None:
+        return _beyond(at, at.n + at.offset + (self.right or self.size) - 1)
 
 
 class Dilated(Mask):

@@ -156,6 +156,10 @@ class Signed(Normalizer):
         torch.softmax(size, -1, out=size)
         return size.copysign_(scores).mul_(scores != 0).masked_fill_(empty, 0)
 
+    def backward_inplace(self, weights: Tensor, grad: Tensor, at: At) -> Tensor | None:
+        mean = row_dot(weights, grad)
+        return grad.mul_(weights.abs()).addcmul_(weights, mean, value=-1)
+
 
 class TopKSoftmax(Normalizer):
     """Softmax over the ``k`` greatest scores of each row, zero elsewhere."""

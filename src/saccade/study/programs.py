@@ -82,7 +82,7 @@ BASELINES: dict[str, tuple[str, Callable[[], Attention]]] = {
     ),
     "uniform": ("the mean of all values, whatever the scores: a control", lambda: Attention(score=_level)),
 }
-DEFAULT = ("dense", "window", "window-sinks", "dilated", "blocks", "topk", "block-topk", "random", "uniform")
+DEFAULT = ("dense", "window", "window-sinks", "dilated", "blocks", "topk", "block-topk", "random")
 
 
 def names() -> list[str]:

@@ -1,0 +1,140 @@
+"""Claims: measure what a paper says at small scale, and the ledger that keeps what came out, whatever it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..core.errors import SpecError
+from ..systems.base import ClaimNumbers, System, Unmeasured, Verdict
+
+LEDGER = Path(__file__).parent / "ledger"
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """One entry of the ledger: what was measured, and where, with what, and by which command."""
+
+    slug: str
+    verdict: Verdict
+    numbers: dict[str, Any]
+    statement: str
+    seconds: float
+    machine: str
+    versions: dict[str, str]
+    command: str
+
+
+def run(system_cls: type[System], out: Path | str | None = None) -> ClaimResult:
+    """Measure a system's claim, with its default settings and on one CPU thread, and write the result.
+
+    One thread, because several wait for each other at every operator: beside another job, that wait is what one would
+    measure.
+
+    Args:
+        system_cls: the system.
+        out: directory for ``<slug>.json``; the package's own ledger if not given.
+
+    Raises:
+        SpecError: the directory cannot be written.
+    """
+    start = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        measured = system_cls().claim()
+    except Unmeasured as why:
+        measured = ClaimNumbers({}, "not measured", f"Not measured: {why.reason}.")
+    finally:
+        torch.set_num_threads(threads)
+    result = ClaimResult(
+        system_cls.slug,
+        measured.verdict,
+        measured.numbers,
+        measured.statement,
+        round(time.perf_counter() - start, 1),
+        machine(),
+        {"saccade": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        f"saccade claim {system_cls.slug}",
+    )
+    _write(result, LEDGER if out is None else Path(out))
+    return result
+
+
+def ledger(folder: Path | str | None = None) -> dict[str, ClaimResult]:
+    """Every result of the ledger by slug; of the package's own if no directory is given.
+
+    Raises:
+        SpecError: a file there is not an entry.
+    """
+    found = {}
+    for path in sorted((LEDGER if folder is None else Path(folder)).glob("*.json")):
+        try:
+            result = ClaimResult(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise SpecError(f"{path} is not an entry of the ledger ({error}): measure it again") from error
+        found[result.slug] = result
+    return found
+
+
+def machine() -> str:
+    """The processor and its cores, and the accelerator if there is one."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{device}"
+
+
+def _write(result: ClaimResult, folder: Path) -> None:
+    """Write whole or not at all, so that an interrupted claim leaves the last result."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{result.slug}.{os.getpid()}.part"
+        part.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        part.replace(folder / f"{result.slug}.json")
+    except OSError as error:
+        raise SpecError(f"the ledger {folder} cannot be written ({error}): give another directory") from error
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every round, by name."""
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """How many times as long ``name`` takes as ``other``: the median over the rounds, each of which ran both."""
+        pairs = zip(self.seconds[name], self.seconds[other], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int = 9) -> Times:
+    """Time several pieces of work in turns, so that whatever else the machine does strikes them all alike.
+
+    One round before the first warms up; the order turns around from round to round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name in list(work)[:: 1 if turn % 2 else -1]:
+            start = time.perf_counter()
+            work[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return Times(seconds)

@@ -1,0 +1,1 @@
+"""Systems that are programming models: they hold whole families of mechanisms."""
