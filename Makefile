@@ -19,7 +19,7 @@ study: $(READY)
 	$(BIN)/saccade study
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py

@@ -23,7 +23,17 @@ from saccade.worlds.text import BOS, encode, heldout, window
 from saccade.zoo import lm
 
 HELDOUT = Path(lm.__file__).parent.parent / "worlds" / "data" / "heldout.txt"
-TINY = lm.Recipe(hidden=32, layers=2, heads=4, kv_heads=2, mlp=48, stages=((0.5, 96, 4), (0.5, 128, 2)), warmup=2)
+TINY = lm.Recipe(
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    mlp=48,
+    stages=((0.5, 96, 4), (0.5, 128, 2)),
+    warmup=2,
+    finish=0.3,
+    finish_stages=((1.0, 96, 4),),
+)
 
 
 def tiny(out: Path, **options) -> dict[str, torch.Tensor]:
@@ -52,7 +62,15 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
     other = tiny(tmp_path / "other", seed=1)
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
     card = json.loads((tmp_path / "broken" / "card.json").read_text())
-    assert card["steps"] == 3 and card["recipe"]["hidden"] == 32
+    assert card["steps"] == 3 and card["totals_scheduled"] == [3] and card["recipe"]["hidden"] == 32
+
+
+def test_a_finished_run_can_be_taken_further(tmp_path: Path) -> None:
+    tiny(tmp_path / "run")
+    taken: list[int] = []
+    tiny(tmp_path / "run", steps=5, on_step=taken.append)
+    assert taken == [4, 5]
+    assert json.loads((tmp_path / "run" / "card.json").read_text())["totals_scheduled"] == [3, 5]
 
 
 def test_two_workers_train_together(tmp_path: Path) -> None:
@@ -119,11 +137,15 @@ def test_training_text_never_comes_from_the_heldout_source() -> None:
 @settings(deadline=None)
 def test_the_schedule_warms_up_falls_to_zero_and_lengthens(step: int) -> None:
     recipe = lm.Recipe()
+    main = recipe.main_steps(1000)
+    assert 800 < main < 900
     assert 0 < recipe.lr_at(step, 1000) <= recipe.lr
-    assert recipe.lr_at(999, 1000) < 0.01 * recipe.lr
-    length, _ = recipe.size(step, 1000)
-    ceiling = 256 if step < 450 else 512 if step < 700 else 1024 if step < 820 else 2048
-    assert length <= ceiling
+    for last in (main - 1, 999):
+        assert recipe.lr_at(last, 1000) < 0.01 * recipe.lr
+    length, rows = recipe.size(step, 1000)
+    done = step / main
+    assert length <= (128 if done < 0.15 else 256 if done < 0.5 else 512 if done < 0.72 else 2048)
+    assert rows >= 4
 
 
 def test_a_batch_trains_answers_and_prose_but_not_random_letters() -> None:

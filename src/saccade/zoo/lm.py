@@ -77,7 +77,11 @@ KINDS = ("text", *recall.TASKS)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and settings. stages: (share of the steps, tokens, sequences in a step), in their order."""
+    """Sizes and settings. The last `finish` of the steps are another phase: all lengths, harder examples.
+
+    stages: (share of the steps, tokens, sequences in a step), in their order, and in the finish in any order.
+    mix: shares of the rows of each of KINDS.
+    """
 
     hidden: int = 192
     layers: int = 6
@@ -96,24 +100,44 @@ class Recipe:
     lr: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.1
-    # Shares of the rows; haystacks make prose more than half of all tokens.
+    # Haystacks make prose more than half of all tokens.
     mix: tuple[float, ...] = (0.36, 0.14, 0.26, 0.06, 0.18)
     answer_weight: float = 1.0
 
+    finish: float = 3 / 22
+    finish_stages: tuple[tuple[float, int, int], ...] = (
+        (0.1, 256, 16),
+        (0.2, 512, 8),
+        (0.3, 1024, 6),
+        (0.4, 2048, 4),
+    )
+    finish_mix: tuple[float, ...] = (0.30, 0.10, 0.35, 0.15, 0.10)
+    finish_lr: float = 1e-3
+
+    def main_steps(self, steps: int) -> int:
+        """How many of the steps come before the finish."""
+        return steps - round(self.finish * steps)
+
     def size(self, step: int, steps: int) -> tuple[int, int]:
         """Tokens in a sequence and sequences in this step: mostly its stage's, at times an earlier one's."""
+        rng = random.Random(f"stage/{step}")
+        main = self.main_steps(steps)
+        if step >= main:
+            return rng.choices(self.finish_stages, [share for share, _, _ in self.finish_stages])[0][1:]
         stage, done = 0, self.stages[0][0]
-        while stage + 1 < len(self.stages) and step >= done * steps:
+        while stage + 1 < len(self.stages) and step >= done * main:
             stage += 1
             done += self.stages[stage][0]
-        rng = random.Random(f"stage/{step}")
         if rng.random() < 0.25:
             stage = rng.randint(0, stage)
         return self.stages[stage][1:]
 
     def lr_at(self, step: int, steps: int) -> float:
-        """Up from zero, then down to zero, linearly."""
-        return self.lr * min((step + 1) / self.warmup, 1 - step / steps)
+        """Up from zero, then down to zero, linearly; and so again in the finish."""
+        main = self.main_steps(steps)
+        if step < main:
+            return self.lr * min((step + 1) / self.warmup, 1 - step / main)
+        return self.finish_lr * min((step - main + 1) / self.warmup, 1 - (step - main) / (steps - main))
 
 
 # ---------------------------------------------------------------------------------------------- corpus
@@ -245,10 +269,11 @@ class Batch:
     examples: list[tuple[str, Example]]
 
 
-def draw(kind: str, length: int, seed: str, corpus: bytes, rng: random.Random) -> Example:
+def draw(kind: str, length: int, seed: str, corpus: bytes, rng: random.Random, hard: bool) -> Example:
     """One training example, of a random difficulty.
 
-    Easy ones (few pairs asked often, short strings said often) are what lets induction heads begin.
+    Easy ones (few pairs asked often, short strings said often) are what lets induction heads begin. Hard ones
+    have many pairs asked once, and long strings said once.
     """
     options: dict[str, Any]
     if kind == "text":
@@ -256,10 +281,16 @@ def draw(kind: str, length: int, seed: str, corpus: bytes, rng: random.Random) -
     if kind == "needle":
         options = {"haystack": corpus, "needles": rng.randint(1, max(1, min(6, length // 64)))}
     elif kind == "recall":
-        pairs = _log_uniform(rng, 2, min(160, (length - 1) // 10))
-        options = {"pairs": pairs, "queries": rng.randint(pairs, (length - 1) // 5 - pairs)}
+        most = min(160, (length - 1) // 10)
+        pairs = rng.randint(most // 4, most) if hard else _log_uniform(rng, 2, most)
+        options = {"pairs": pairs}
+        if not hard:
+            options["queries"] = rng.randint(pairs, (length - 1) // 5 - pairs)
     elif kind == "lookup":
-        options = {"pairs": _log_uniform(rng, 2, min(160, (length - 1) // 5 - 1))}
+        most = min(160, (length - 1) // 5 - 1)
+        options = {"pairs": rng.randint(most // 4, most) if hard else _log_uniform(rng, 2, most)}
+    elif hard:
+        options = {"haystack": corpus, "size": rng.randint(16, min(128, (length - 17) // 2))}
     else:
         size = _log_uniform(rng, 4, min(256, (length - 17) // 2))
         times = rng.randint(1, (length - 1 - 9 - size) // (size + 8))
@@ -271,11 +302,11 @@ def _log_uniform(rng: random.Random, low: int, high: int) -> int:
     return round(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
-def batch(length: int, rows: int, seed: str, corpus: bytes, mix: tuple[float, ...]) -> Batch:
+def batch(length: int, rows: int, seed: str, corpus: bytes, mix: tuple[float, ...], hard: bool = False) -> Batch:
     """Rows of random kinds. What a recall page says is random, so only its answers train."""
     rng = random.Random(seed)
     kinds = rng.choices(KINDS, mix, k=rows)
-    examples = [(kind, draw(kind, length, f"{seed}/{row}", corpus, rng)) for row, kind in enumerate(kinds)]
+    examples = [(kind, draw(kind, length, f"{seed}/{row}", corpus, rng, hard)) for row, kind in enumerate(kinds)]
     tokens = torch.stack([example.tokens for _, example in examples])
     kind_of = torch.full_like(tokens, -1)
     for row, (kind, example) in enumerate(examples):
@@ -376,7 +407,7 @@ def _start_recalling(model: Any, recipe: Recipe) -> None:
 def train(
     out: str | Path,
     *,
-    steps: int = 3600,
+    steps: int = 4400,
     seed: int = 0,
     threads: int | None = None,
     resume: bool = True,
@@ -395,7 +426,8 @@ def train(
     after every step with its number.
     """
     out, recipe = Path(out), recipe or Recipe()
-    threads = threads or min(os.cpu_count() or 1, min(rows for _, _, rows in recipe.stages))
+    fewest = min(rows for _, _, rows in recipe.stages + recipe.finish_stages)
+    threads = threads or min(os.cpu_count() or 1, fewest)
     if corpus is None:
         corpus = cache() / "corpus" / "lm.txt"
         if not corpus.exists():
@@ -403,7 +435,6 @@ def train(
     corpus = Path(corpus)
     if not corpus.is_file():
         raise ValueError(f"zoo: expected corpus to be a text file, got {corpus}: give the path of one")
-    fewest = min(rows for _, _, rows in recipe.stages)
     if threads > fewest:
         raise ValueError(
             f"zoo: expected at most {fewest} threads (the fewest sequences in a step), got {threads}: "
@@ -476,16 +507,19 @@ def _steps(rank: int, job: _Job, on_step: Callable[[int], None] | None) -> None:
         torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
     )
-    done, seconds = 0, 0.0
+    done, seconds, totals = 0, 0.0, [job.steps]
     if job.resume and job.resume_file.exists():
-        done, seconds = _load(job, params, optimizers)
+        done, seconds, before = _load(job, params, optimizers)
+        totals = [*(total for total in before if total != job.steps), job.steps]
 
     progress = _Progress(job, done) if rank == 0 else None
     started = saved = time.monotonic()
     try:
         for step in range(done, job.steps):
             length, rows = recipe.size(step, job.steps)
-            made = batch(length, rows // job.threads, f"{job.seed}/{step}/{rank}", corpus, recipe.mix)
+            hard = step >= recipe.main_steps(job.steps)
+            mix = recipe.finish_mix if hard else recipe.mix
+            made = batch(length, rows // job.threads, f"{job.seed}/{step}/{rank}", corpus, mix, hard)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = recipe.lr_at(step, job.steps)
             with torch.autocast("cpu", torch.bfloat16):
@@ -504,7 +538,7 @@ def _steps(rank: int, job: _Job, on_step: Callable[[int], None] | None) -> None:
             progress.step(done, length, by_kind, logits.detach(), made)
             now = time.monotonic()
             if now - saved > job.save_every:
-                _save(job, params, optimizers, done, seconds + now - started)
+                _save(job, params, optimizers, done, seconds + now - started, totals)
                 saved = now
             if on_step is not None:
                 on_step(done)
@@ -513,9 +547,9 @@ def _steps(rank: int, job: _Job, on_step: Callable[[int], None] | None) -> None:
         if progress is not None:
             progress.close()
             seconds += time.monotonic() - started
-            _save(job, params, optimizers, done, seconds)
+            _save(job, params, optimizers, done, seconds, totals)
     if rank == 0:
-        _export(job, model, seconds)
+        _export(job, model, seconds, totals)
 
 
 def _average(params: list[nn.Parameter], workers: int) -> None:
@@ -528,7 +562,14 @@ def _average(params: list[nn.Parameter], workers: int) -> None:
         grad.copy_(mean.view_as(grad))
 
 
-def _save(job: _Job, params: dict[str, nn.Parameter], optimizers: Any, done: int, seconds: float) -> None:
+def _save(
+    job: _Job,
+    params: dict[str, nn.Parameter],
+    optimizers: Any,
+    done: int,
+    seconds: float,
+    totals: list[int],
+) -> None:
     """Weights, optimizer moments and the place in the schedule: one file, replaced in one move."""
     tensors = {}
     for name, p in params.items():
@@ -536,14 +577,20 @@ def _save(job: _Job, params: dict[str, nn.Parameter], optimizers: Any, done: int
         for optimizer in optimizers:
             for key, value in optimizer.state.get(p, {}).items():
                 tensors[f"{name}/{key}"] = value
-    state = {"done": done, "seconds": seconds, "seed": job.seed, "recipe": asdict(job.recipe)}
+    state = {
+        "done": done,
+        "seconds": seconds,
+        "totals": totals,
+        "seed": job.seed,
+        "recipe": asdict(job.recipe),
+    }
     job.resume_file.parent.mkdir(parents=True, exist_ok=True)
     partial_file = job.resume_file.with_suffix(".partial")
     save_file(tensors, partial_file, metadata={"state": json.dumps(state)})
     partial_file.replace(job.resume_file)
 
 
-def _load(job: _Job, params: dict[str, nn.Parameter], optimizers: Any) -> tuple[int, float]:
+def _load(job: _Job, params: dict[str, nn.Parameter], optimizers: Any) -> tuple[int, float, list[int]]:
     with safe_open(job.resume_file, "pt") as file:
         state = json.loads(file.metadata()["state"])
         wanted = json.loads(json.dumps({"seed": job.seed, "recipe": asdict(job.recipe)}))
@@ -562,7 +609,7 @@ def _load(job: _Job, params: dict[str, nn.Parameter], optimizers: Any) -> tuple[
                 moments = [n for n in names if n.startswith(f"{name}/")]
                 if any(p is q for group in optimizer.param_groups for q in group["params"]) and moments:
                     optimizer.state[p] = {n.rsplit("/", 1)[1]: file.get_tensor(n) for n in moments}
-    return state["done"], state["seconds"]
+    return state["done"], state["seconds"], state["totals"]
 
 
 class _Progress:
@@ -603,7 +650,7 @@ class _Progress:
         self.bar.stop()
 
 
-def _export(job: _Job, model: Any, seconds: float) -> None:
+def _export(job: _Job, model: Any, seconds: float, totals: list[int]) -> None:
     """The host's own format in bfloat16, the tokenizer, and the card."""
     model.to(torch.bfloat16).eval().save_pretrained(job.out)
     tokenizer().save_pretrained(job.out)
@@ -614,6 +661,8 @@ def _export(job: _Job, model: Any, seconds: float) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": asdict(job.recipe),
         "steps": job.steps,
+        # The schedule depends on the total; more than one of them when a finished run was taken further.
+        "totals_scheduled": totals,
         "seed": job.seed,
         "workers": job.threads,
         "seconds_trained": round(seconds),
