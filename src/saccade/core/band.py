@@ -206,7 +206,8 @@ def _forward(program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor) 
     out = v.new_zeros(*q.shape[:3], v.shape[-1])
     for strip in layout.strips:
         tile = _scores(program, strip, q, k, scratch)
-        weights, seen = program.fast(tile, strip.at, strip.hidden(), _may_be_empty(program, strip), scratch)
+        at = strip.place()
+        weights, seen = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
         strip.put_rows(out, _values(strip, weights, v))
         places.put(strip, whole, seen)
     return [out, *(x for tensors in whole for x in tensors)]
@@ -260,11 +261,11 @@ def _closed_step(
     q, k, v = inputs
     dq, dk, dv = grads
     g, rep, n, m = strip.tile
-    at = strip.at
+    at = strip.place()
     scale = program.spec.form.scale(q.shape[-1])
     assert scale is not None
     tile = _scores(program, strip, q, k, scratch)
-    weights = program.normalize(tile, at, strip.hidden(), _may_be_empty(program, strip))
+    weights = program.normalize(tile, at, strip.hidden(at), _may_be_empty(program, strip))
     edits = program.spec.changes
     edited = weights
     if edits:
@@ -309,7 +310,8 @@ def _autograd_step(
         else:
             sources = [tile.detach().requires_grad_()]
             tile = sources[0]
-        weights, seen = program.define(tile, strip.at, strip.hidden())
+        at = strip.place()
+        weights, seen = program.define(tile, at, strip.hidden(at))
     d_weights = torch.bmm(d_rows, values.mT).view(strip.tile).to(weights.dtype)
     outputs, gradients = [weights], [d_weights]
     places = _Places(program, layout)

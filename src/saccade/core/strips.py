@@ -8,7 +8,6 @@ gathered (a list of groups and row blocks, each with its own list of key blocks,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,9 +75,8 @@ class Strip:
         """Shape of the tile."""
         return self.g1 - self.g0, self.shape.rep, self.r1 - self.r0, self.k1 - self.k0
 
-    @cached_property
-    def at(self) -> At:
-        """Place of the tile."""
+    def place(self) -> At:
+        """Place of the tile, made anew: strips outlive their tiles, and what a place works out is as large as one."""
         device = self.shape.device
         return self.shape.at(
             torch.arange(self.g0, self.g1, device=device),
@@ -87,16 +85,16 @@ class Strip:
             self.k0,
         )
 
-    def hidden(self) -> list[Hidden]:
+    def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys."""
-        return [Hidden(a, z, self._hidden(a, z)) for a, z in self.partial]
+        return [Hidden(a, z, self._hidden(at, a, z)) for a, z in self.partial]
 
-    def _hidden(self, start: int, stop: int) -> Tensor:
+    def _hidden(self, at: At, start: int, stop: int) -> Tensor:
         if not self.mask.by_distance:
-            return ~self.mask.visible(self.at.columns(start, stop))
+            return ~self.mask.visible(at.columns(start, stop))
         place = (self.r0 - self.k0 - start, self.r1 - self.r0, stop - start)
         if place not in self.known:
-            self.known[place] = ~self.mask.visible(self.at.columns(start, stop))
+            self.known[place] = ~self.mask.visible(at.columns(start, stop))
         return self.known[place]
 
     def rows(self, x: Tensor) -> Tensor:
@@ -175,25 +173,24 @@ class Gathered:
         """Shape of the tile."""
         return len(self.group), self.shape.rep, self.row_size, self.blocks.shape[1] * self.column_size
 
-    @cached_property
+    @property
     def _key_blocks(self) -> Tensor:
         """Flat numbers ``[T * s]`` of the key blocks among all groups' blocks."""
         count = -(-self.shape.m // self.column_size)
         return (self.key_group[:, None] * count + self.blocks.clamp(min=0)).flatten()
 
-    @cached_property
+    @property
     def _positions(self) -> Tensor:
         """Padded key positions ``[T, s * column_size]``."""
         k = self.blocks.clamp(min=0)[..., None] * self.column_size
         return (k + torch.arange(self.column_size, device=k.device)).flatten(1)
 
-    @cached_property
+    @property
     def _rows(self) -> Tensor:
         """Padded query positions ``[T, row_size]``."""
         return self.row_block[:, None] * self.row_size + torch.arange(self.row_size, device=self.shape.device)
 
-    @cached_property
-    def at(self) -> At:
+    def place(self) -> At:
         """Place of the tile; padding repeats the last row and key, and :meth:`hidden` hides it."""
         return self.shape.at(
             self.group,
@@ -201,14 +198,15 @@ class Gathered:
             self._positions.clamp(max=self.shape.m - 1)[:, None, None, :],
         )
 
-    def hidden(self) -> list[Hidden]:
+    def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys, or there are none."""
-        width = self._positions.shape[1]
+        positions = self._positions
+        width = positions.shape[1]
         start = width - self.partial_blocks * self.column_size
         if start == width:
             return []
-        keys = (self.blocks >= 0).repeat_interleave(self.column_size, 1) & (self._positions < self.shape.m)
-        seen = self.mask.visible(self.at.columns(start, width)) & keys[:, None, None, start:]
+        keys = (self.blocks >= 0).repeat_interleave(self.column_size, 1) & (positions < self.shape.m)
+        seen = self.mask.visible(at.columns(start, width)) & keys[:, None, None, start:]
         seen = seen & (self._rows < self.shape.n)[:, None, :, None]
         return [Hidden(start, width, ~seen)]
 

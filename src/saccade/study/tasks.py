@@ -124,9 +124,8 @@ def vocabulary(model: Any, tokenizer: Any) -> Bytes | Tokens:
 def _examples(task: str, length: int, seed: int) -> Iterator[Example]:
     if task == TEXT:
         return text(length, seed)
-    options: dict[str, Any] = {"needles": 4} if task == "needle" and length >= 256 else {}
     make: Callable[..., Iterator[Example]] = recall.TASKS[task]
-    return make(length, seed, **options)
+    return make(length, seed)
 
 
 @torch.no_grad()
