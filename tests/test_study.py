@@ -196,7 +196,7 @@ def test_scoring_asks_for_every_token_of_an_answer(model):
             logits[:, self.wrong - 1] = 0
             return type("Out", (), {"logits": logits})
 
-    (sample,) = tasks.Bytes().samples("needle", 300, 0, 1)
+    (sample,) = tasks.Bytes().samples("recall", 65, 0, 1)
     _, stop = sample.answers[1]
     assert tasks.score(Parrot(0), sample) == {"right": 4, "asked": 4}
     assert tasks.score(Parrot(stop - 1), sample) == {"right": 3, "asked": 4}
