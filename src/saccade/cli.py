@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+INTERRUPTED = 130  # the exit code of a command ended by Ctrl-C
 MISSING = 'saccade: the workbench needs packages that are not installed ({}): pip install "saccade[workbench]"'
 
 try:
@@ -32,7 +33,15 @@ console = rich.console.Console()
 
 def main() -> None:
     """Entry point of the command ``saccade``."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # An interrupt that passed through code run from C makes CPython die of the signal, whatever the exit code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 def stop(message: object, code: int = 2) -> NoReturn:
@@ -117,7 +126,7 @@ def study(
             print(
                 f"saccade: interrupted; {job.computed} cells of this run are kept. Go on: {_command()}", file=sys.stderr
             )
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
         except OSError as error:
             stop(f"cannot write to {out}: {error}")
         results = report.collect(job, cells, _command(), time.monotonic() - started)
@@ -324,5 +333,5 @@ def zoo_train(
             stop(error)
         except KeyboardInterrupt:
             print(f"saccade: interrupted; what was trained is kept. Go on: {_command()}", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
     console.print(f"trained: {where}", soft_wrap=True)
