@@ -21,6 +21,7 @@ from .selectors import Selection
 from .spec import Attention
 from .stats import Stat
 from .strips import Gathered, Layout, Shape, Strip
+from .tile import At
 
 ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -111,27 +112,25 @@ class _Scratch:
 
 def _scores(program: Program, strip: Strip | Gathered, q: Tensor, k: Tensor, scratch: _Scratch) -> Tensor:
     """Scores of a strip in the accumulation dtype (in the input's own if the program is plain)."""
-    scale = program.spec.form.scale(q.shape[-1])
+    scale = program.form.scale(q.shape[-1])
     rows, keys = strip.rows(q), strip.keys(k)
     if scale is None:
         _, rep, n, _ = strip.tile
-        tile = program.spec.form.tile(rows.unflatten(1, (rep, n)), keys[:, None])
+        tile = program.form.tile(rows.unflatten(1, (rep, n)), keys[:, None])
         return tile.to(ACCUMULATE.get(tile.dtype, tile.dtype))
-    wide = ACCUMULATE.get(q.dtype, q.dtype)
-    flat = scratch((rows.shape[0], rows.shape[1], keys.shape[1]), q.dtype, "scores")
-    if wide == q.dtype:
-        return _product(rows, keys.mT, flat, scale).view(strip.tile)
     # A power of two costs no precision on the queries, and the product without a scale is faster.
     if scale > 0 and math.log2(scale).is_integer():
         rows, scale = rows * scale, 1.0
+    flat = scratch((rows.shape[0], rows.shape[1], keys.shape[1]), q.dtype, "scores")
     tile = _product(rows, keys.mT, flat, scale).view(strip.tile)
-    return tile if program.plain else scratch(strip.tile, wide, "wide").copy_(tile)
+    wide = ACCUMULATE.get(q.dtype, q.dtype)
+    return tile if wide == q.dtype or program.plain else scratch(strip.tile, wide, "wide").copy_(tile)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * bmm``, scaled before it is rounded; narrow dtypes on a CPU are faster one plain product at a time."""
     if a.device.type != "cpu" or a.dtype not in ACCUMULATE or a.shape[1] < 64:
-        return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+        return torch.bmm(a, b, out=out) if scale == 1 else torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
     for left, right, whole in zip(a, b, out, strict=True):
         if scale == 1:
             torch.mm(left, right, out=whole)
@@ -204,9 +203,8 @@ def _forward(program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor) 
     places = _Places(program, layout)
     whole = places.empty(torch.empty(0, dtype=ACCUMULATE.get(q.dtype, q.dtype), device=q.device))
     out = v.new_zeros(*q.shape[:3], v.shape[-1])
-    for strip in layout.strips:
+    for strip, at in layout.places():
         tile = _scores(program, strip, q, k, scratch)
-        at = strip.place()
         weights, seen = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
         strip.put_rows(out, _values(strip, weights, v))
         places.put(strip, whole, seen)
@@ -234,108 +232,106 @@ class _Band(torch.autograd.Function):
         program, layout, learned = ctx.program, ctx.layout, ctx.learned
         if grad_out is None:
             grad_out = v.new_zeros(*q.shape[:3], v.shape[-1])
-        wide = ACCUMULATE.get(q.dtype, q.dtype)
-        dq = torch.zeros_like(q)
-        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        d_learned = [torch.zeros_like(t) for t in learned]
-        closed = program.closed_backward and program.spec.form.scale(q.shape[-1]) is not None
-        closed = closed and all(g is None for g in grad_seen)
-        scratch = _Scratch(q.device)
-        for strip in layout.strips:
-            step = _closed_step if closed else _autograd_step
-            step(program, layout, strip, scratch, (q, k, v), (dq, dk, dv), grad_out, grad_seen, learned, d_learned)
-        return None, None, dq, dk.to(k.dtype), dv.to(v.dtype), *d_learned
+        steps = _Backward(program, layout, (q, k, v), grad_out, grad_seen, learned)
+        closed = program.closed_backward and program.form.scale(q.shape[-1]) is not None
+        step = steps.closed if closed and all(g is None for g in grad_seen) else steps.through_autograd
+        for strip, at in layout.places():
+            step(strip, at)
+        return None, None, steps.dq, steps.dk.to(k.dtype), steps.dv.to(v.dtype), *steps.d_learned
 
 
 def _may_be_empty(program: Program, strip: Strip | Gathered) -> bool:
     """Could a row of this strip see nothing? A plain function may hide keys by a score of -inf."""
-    return strip.may_be_empty or any(hasattr(s, "function") for s in program.spec.modifiers)
+    return strip.may_be_empty or program.calls_functions
 
 
-def _closed_step(
-    program: Program, layout: Layout, strip: Strip | Gathered, scratch: _Scratch, inputs: tuple[Tensor, ...],
-    grads: tuple[Tensor, ...], grad_out: Tensor, grad_seen: Sequence[Tensor | None], learned: Sequence[Tensor],
-    d_learned: list[Tensor],
-) -> None:  # fmt: skip
-    """Gradients of one strip from its weights alone."""
-    q, k, v = inputs
-    dq, dk, dv = grads
-    g, rep, n, m = strip.tile
-    at = strip.place()
-    scale = program.spec.form.scale(q.shape[-1])
-    assert scale is not None
-    tile = _scores(program, strip, q, k, scratch)
-    weights = program.normalize(tile, at, strip.hidden(at), _may_be_empty(program, strip))
-    edits = program.spec.changes
-    edited = weights
-    if edits:
-        edited = scratch(weights.shape, weights.dtype, "edited").copy_(weights)
-        for edit in edits:
-            edited = edit.inplace(edited, at, None)
-    d_rows = strip.get_rows(grad_out).reshape(g, rep * n, -1)
-    strip.add_keys(dv, torch.bmm(edited.reshape(g, rep * n, m).mT.to(d_rows.dtype), d_rows))
-    d_flat = scratch((g, rep * n, m), q.dtype, "grad")
-    torch.bmm(d_rows, strip.keys(v).mT, out=d_flat)
-    d_tile = d_flat.view(strip.tile)
-    if d_tile.dtype != weights.dtype:
-        d_tile = scratch(strip.tile, weights.dtype, "wide grad").copy_(d_tile)
-    for edit in edits:  # each multiplies by what does not depend on the weights, so the order is free
-        d_tile = edit.inplace(d_tile, at, None)
-    d_scores = program.spec.normalizer.backward_inplace(weights, d_tile, at)
-    assert d_scores is not None
-    d_scores = d_scores.reshape(g, rep * n, m).to(q.dtype)
-    rows = torch.bmm(d_scores, strip.keys(k)).mul_(scale)
-    strip.put_rows(dq, rows.view(g, rep, n, -1))
-    strip.add_keys(dk, torch.bmm(d_scores.mT, strip.rows(q)).mul_(scale))
+class _Backward:
+    """Gradients of a call, gathered strip by strip; each strip is computed again."""
 
+    def __init__(
+        self, program: Program, layout: Layout, inputs: tuple[Tensor, ...], grad_out: Tensor,
+        grad_seen: Sequence[Tensor | None], learned: Sequence[Tensor],
+    ):  # fmt: skip
+        self.program, self.layout = program, layout
+        self.q, self.k, self.v = q, k, v = inputs
+        self.grad_out, self.grad_seen, self.learned = grad_out, grad_seen, learned
+        wide = ACCUMULATE.get(q.dtype, q.dtype)
+        self.dq = torch.zeros_like(q)
+        self.dk, self.dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        self.d_learned = [torch.zeros_like(t) for t in learned]
+        self.scratch = _Scratch(q.device)
 
-def _autograd_step(
-    program: Program, layout: Layout, strip: Strip | Gathered, scratch: _Scratch, inputs: tuple[Tensor, ...],
-    grads: tuple[Tensor, ...], grad_out: Tensor, grad_seen: Sequence[Tensor | None], learned: Sequence[Tensor],
-    d_learned: list[Tensor],
-) -> None:  # fmt: skip
-    """Gradients of one strip through autograd over the definition of the tile."""
-    q, k, v = inputs
-    dq, dk, dv = grads
-    g, rep, n, m = strip.tile
-    scale = program.spec.form.scale(q.shape[-1])
-    d_rows = strip.get_rows(grad_out).reshape(g, rep * n, -1)
-    rows, keys, values = strip.rows(q), strip.keys(k), strip.keys(v)
-    tile = None if scale is None else _scores(program, strip, q, k, scratch)
-    with torch.enable_grad():
-        if tile is None:
-            sources = [rows.detach().requires_grad_(), keys.detach().requires_grad_()]
-            tile = program.spec.form.tile(sources[0].unflatten(1, (rep, n)), sources[1][:, None])
-            tile = tile.to(ACCUMULATE.get(tile.dtype, tile.dtype))
-        else:
-            sources = [tile.detach().requires_grad_()]
-            tile = sources[0]
-        at = strip.place()
-        weights, seen = program.define(tile, at, strip.hidden(at))
-    d_weights = torch.bmm(d_rows, values.mT).view(strip.tile).to(weights.dtype)
-    outputs, gradients = [weights], [d_weights]
-    places = _Places(program, layout)
-    flat = iter(grad_seen)
-    for index, pieces in enumerate(seen):
-        for piece in pieces:
-            grad = next(flat)
-            if grad is not None and piece.requires_grad:
-                outputs.append(piece)
-                gradients.append(places.take(strip, index, grad).view(piece.shape))
-    found = torch.autograd.grad(outputs, [*sources, *learned], gradients, allow_unused=True)
-    for total, part in zip(d_learned, found[len(sources) :], strict=True):
-        if part is not None:
-            total += part
-    flat_weights = weights.detach().reshape(g, rep * n, m).to(d_rows.dtype)
-    strip.add_keys(dv, torch.bmm(flat_weights.mT, d_rows))
-    if scale is None:
-        d_query, d_key = found[:2]
-        assert d_query is not None and d_key is not None
-    else:
-        d_scores = found[0]
+    def closed(self, strip: Strip | Gathered, at: At) -> None:
+        """One strip, from its weights alone."""
+        program, scratch = self.program, self.scratch
+        g, rep, n, m = strip.tile
+        tile = _scores(program, strip, self.q, self.k, scratch)
+        weights = program.normalize(tile, at, strip.hidden(at), _may_be_empty(program, strip))
+        edited = weights
+        if program.edits:
+            edited = scratch(weights.shape, weights.dtype, "edited").copy_(weights)
+            for edit in program.edits:
+                edited = edit.inplace(edited, at, None)
+        d_rows = strip.get_rows(self.grad_out).reshape(g, rep * n, -1)
+        strip.add_keys(self.dv, torch.bmm(edited.reshape(g, rep * n, m).mT.to(d_rows.dtype), d_rows))
+        d_flat = scratch((g, rep * n, m), self.q.dtype, "grad")
+        torch.bmm(d_rows, strip.keys(self.v).mT, out=d_flat)
+        d_tile = d_flat.view(strip.tile)
+        if d_tile.dtype != weights.dtype:
+            d_tile = scratch(strip.tile, weights.dtype, "wide grad").copy_(d_tile)
+        for edit in program.edits:  # each multiplies by what does not depend on the weights, so the order is free
+            d_tile = edit.inplace(d_tile, at, None)
+        d_scores = program.normalizer.backward_inplace(weights, d_tile, at)
         assert d_scores is not None
-        d_scores = d_scores.reshape(g, rep * n, m).to(q.dtype)
-        d_query = torch.bmm(d_scores, keys).mul_(scale)
-        d_key = torch.bmm(d_scores.mT, rows).mul_(scale)
-    strip.put_rows(dq, d_query.view(g, rep, n, -1))
-    strip.add_keys(dk, d_key)
+        self._products(strip, d_scores)
+
+    def through_autograd(self, strip: Strip | Gathered, at: At) -> None:
+        """One strip, through autograd over the definition of the tile."""
+        program = self.program
+        g, rep, n, m = strip.tile
+        d_rows = strip.get_rows(self.grad_out).reshape(g, rep * n, -1)
+        dot = program.form.scale(self.q.shape[-1]) is not None
+        if dot:
+            sources = [_scores(program, strip, self.q, self.k, self.scratch)]
+        else:
+            sources = [strip.rows(self.q), strip.keys(self.k)]
+        sources = [x.detach().requires_grad_() for x in sources]
+        with torch.enable_grad():
+            tile = sources[0]
+            if not dot:
+                tile = program.form.tile(sources[0].unflatten(1, (rep, n)), sources[1][:, None])
+                tile = tile.to(ACCUMULATE.get(tile.dtype, tile.dtype))
+            weights, seen = program.define(tile, at, strip.hidden(at))
+        d_weights = torch.bmm(d_rows, strip.keys(self.v).mT).view(strip.tile).to(weights.dtype)
+        outputs, gradients = [weights], [d_weights]
+        places = _Places(program, self.layout)
+        flat = iter(self.grad_seen)
+        for index, pieces in enumerate(seen):
+            for piece in pieces:
+                grad = next(flat)
+                if grad is not None and piece.requires_grad:
+                    outputs.append(piece)
+                    gradients.append(places.take(strip, index, grad).view(piece.shape))
+        found = torch.autograd.grad(outputs, [*sources, *self.learned], gradients, allow_unused=True)
+        for total, part in zip(self.d_learned, found[len(sources) :], strict=True):
+            if part is not None:
+                total += part
+        flat_weights = weights.detach().reshape(g, rep * n, m).to(d_rows.dtype)
+        strip.add_keys(self.dv, torch.bmm(flat_weights.mT, d_rows))
+        if dot:
+            assert found[0] is not None
+            self._products(strip, found[0])
+        else:
+            d_query, d_key = found[:2]
+            assert d_query is not None and d_key is not None
+            strip.put_rows(self.dq, d_query.view(g, rep, n, -1))
+            strip.add_keys(self.dk, d_key)
+
+    def _products(self, strip: Strip | Gathered, d_scores: Tensor) -> None:
+        """What the gradient of the scores gives the queries and keys of a dot product."""
+        g, rep, n, m = strip.tile
+        scale = self.program.form.scale(self.q.shape[-1])
+        assert scale is not None
+        flat = d_scores.reshape(g, rep * n, m).to(self.q.dtype)
+        strip.put_rows(self.dq, torch.bmm(flat, strip.keys(self.k)).mul_(scale).view(g, rep, n, -1))
+        strip.add_keys(self.dk, torch.bmm(flat.mT, strip.rows(self.q)).mul_(scale))

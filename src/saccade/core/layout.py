@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .masks import EMPTY, FULL, Full, Mask, Span
+from .program import Veil
 from .selectors import Selection
 from .strips import Gathered, Layout, Shape, Strip
 
@@ -76,7 +77,7 @@ class _Cut:
     grain: Grain
 
     def __post_init__(self) -> None:
-        self._known: dict[tuple[int, int, int], Tensor] = {}
+        self._known: dict[tuple[int, int, int], Veil] = {}
 
     def full(self) -> Layout:
         """Every row sees every key."""
@@ -90,9 +91,7 @@ class _Cut:
     def looked_at(self) -> Layout:
         """A small mask (a decode step, a short text): cut to the range of keys that anyone sees."""
         shape = self.shape
-        index = (torch.arange(size, device=shape.device) for size in (shape.groups, shape.n, shape.m))
-        groups, q, k = index
-        seen = self.mask.visible(shape.at(groups, q[None, None, :, None], k[None, None, None, :]))
+        seen = self.mask.visible(shape.everywhere)
         anyone = seen.expand(*seen.shape[:3], shape.m).flatten(0, 2).any(0).nonzero()[:, 0]
         if not len(anyone):
             return Layout(shape, [], 1, 1)
@@ -100,7 +99,7 @@ class _Cut:
         seen = seen.expand(*seen.shape[:3], shape.m)[..., k0:k1]
         whole = bool(seen.all())
         if self.mask.by_distance:
-            self._known[-k0, shape.n, k1 - k0] = ~seen
+            self._known[-k0, shape.n, k1 - k0] = Veil(~seen)
         strips = self._strips(0, shape.n, k0, k1, [] if whole else [(0, k1 - k0)], not whole)
         return Layout(shape, list(strips), 1, 1)
 
@@ -192,7 +191,7 @@ class _Cut:
         """Rows per strip: many for the matrix product, few where few keys are visited, and so that the tile fits."""
         grain, rep = self.grain, self.shape.rep
         rows = grain.rows if mean >= 1536 else 128 if mean >= 256 else 64
-        while rows > 64 and grain.groups * rows * rep * most > grain.cells:
+        while rows > 64 and grain.groups * rows // 2 * rep * mean > grain.cells:
             rows //= 2
         while rows > 16 and rows * rep * most > 2 * grain.cells:
             rows //= 2

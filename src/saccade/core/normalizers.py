@@ -74,20 +74,32 @@ class Softmax(Normalizer):
         return self.from_scores(scores, at, None, out=scores)[0]
 
     def from_scores(self, scores: Tensor, at: At, top: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weights in ``out`` (which may be ``scores``), and, if the row maximum ``top`` is given, the log-sum-exp."""
+        """Weights in ``out``, and the log-sum-exp if the row maximum ``top`` is given or ``out`` spares the scores."""
         if self.sink is not None and top is None:
             top = scores.amax(-1)
         weights = torch.softmax(scores, -1, out=out)
-        if top is None:
+        if top is None and out is scores:
             return weights, None
-        # The greatest weight is exp(top - lse): the log-sum-exp comes without a second exponential.
-        lse = torch.where(top == HIDDEN, top, top - weights.amax(-1).log())
+        lse = _logsumexp(scores, weights, top)
         if self.sink is not None:
             weights.mul_(torch.sigmoid(lse[..., None] - per_head(self.sink, at, "Softmax's sink")))
         return weights, lse
 
     def backward_inplace(self, weights: Tensor, grad: Tensor, at: At) -> Tensor | None:
         return grad.sub_(row_dot(weights, grad)).mul_(weights)
+
+
+def _logsumexp(scores: Tensor, weights: Tensor, top: Tensor | None) -> Tensor:
+    """``[g, r, n]`` from a softmax, without a second exponential: a weight is ``exp(s - lse)``.
+
+    Any key tells. The first one costs nothing to find, but its weight may have vanished; the greatest has not.
+    """
+    if top is None:
+        first = weights[..., 0]
+        if weights.device.type == "cpu" and bool((first >= torch.finfo(first.dtype).tiny).all()):
+            return scores[..., 0] - first.log()
+        top = scores.amax(-1)
+    return torch.where(top == HIDDEN, top, top - weights.amax(-1).log())
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:

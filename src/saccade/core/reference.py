@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .program import Hidden, Program
+from .program import Hidden, Program, Veil
 from .selectors import Selection
 from .tile import At
 
@@ -15,9 +15,9 @@ from .tile import At
 def scores(program: Program, q: Tensor, k: Tensor) -> Tensor:
     """Scores ``[B, H, N, M]`` of prepared queries and keys, before any modifier."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scale = program.spec.form.scale(q.shape[-1])
+    scale = program.form.scale(q.shape[-1])
     if scale is None:
-        return program.spec.form.tile(q, k)
+        return program.form.tile(q, k)
     return (q @ k.mT) * scale
 
 
@@ -33,7 +33,7 @@ def run(
         if chosen.shape[1] > 1:
             chosen = chosen.repeat_interleave(at.heads // chosen.shape[1], 1)
         hidden = hidden | ~chosen
-    weights, seen = program.define(tile, at, [Hidden(0, at.m, hidden)])
+    weights, seen = program.define(tile, at, [Hidden(0, at.m, Veil(hidden))])
     whole = []
     for stat, pieces in zip(program.stats, seen, strict=True):
         if stat.axis == "chosen":

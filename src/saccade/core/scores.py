@@ -196,11 +196,10 @@ class ALiBi(Score):
         return found
 
     def forward(self, score: Tensor, at: At) -> Tensor:
-        return score - self._slopes(at).to(score.dtype) * at.distance.abs()
+        return score - self._slopes(at).to(score.dtype) * at.away(score.dtype)
 
     def inplace(self, score: Tensor, at: At) -> Tensor:
-        distance = at.distance.to(score.dtype).abs_()
-        return score.addcmul_(self._slopes(at).to(score.dtype), distance, value=-1)
+        return score.addcmul_(self._slopes(at).to(score.dtype), at.away(score.dtype), value=-1)
 
 
 class RelativeBias(Score):

@@ -97,7 +97,7 @@ class MeanDistance(Stat):
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
         weights = tile.weights
         total = weights.sum(-1)
-        moved = (weights * tile.at.distance.abs().to(weights.dtype)).sum(-1)
+        moved = (weights * tile.at.away(weights.dtype)).sum(-1)
         return (torch.where(total != 0, moved / total.masked_fill(total == 0, 1), 0),)
 
 

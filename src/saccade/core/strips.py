@@ -7,13 +7,15 @@ gathered (a list of groups and row blocks, each with its own list of key blocks,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .masks import Mask
-from .program import Hidden
+from .program import Hidden, Veil
 from .tile import At
 
 
@@ -40,13 +42,15 @@ class Shape:
         """Key heads over the batch."""
         return self.batch * self.kv_heads
 
-    def at(self, groups: Tensor, q: Tensor, k: Tensor, first: int | None = None) -> At:
-        """The place of a tile ``[len(groups), rep, ...]``; ``q`` and ``k`` already have four dimensions."""
-        b = (groups // self.kv_heads)[:, None, None, None]
-        h = (groups % self.kv_heads * self.rep)[:, None] + torch.arange(self.rep, device=self.device)
+    @cached_property
+    def everywhere(self) -> At:
+        """The place of the whole matrix ``[groups, rep, N, M]``."""
+        groups, rep, q, k = (torch.arange(size, device=self.device) for size in (self.groups, self.rep, self.n, self.m))
+        heads = (groups % self.kv_heads * self.rep)[:, None] + rep
         return At(
-            b, h[..., None, None], q, k, self.batch, self.heads, self.n, self.m, self.offset, self.counted,
-            first,
+            (groups // self.kv_heads)[:, None, None, None], heads[..., None, None],
+            q[None, None, :, None], k[None, None, None, :], self.batch, self.heads, self.n, self.m, self.offset,
+            self.counted, 0,
         )  # fmt: skip
 
     def split_rep(self) -> Shape:
@@ -68,7 +72,7 @@ class Strip:
     partial: list[tuple[int, int]]  # runs of keys, within the strip, where the mask must be looked at
     mask: Mask
     may_be_empty: bool
-    known: dict[tuple[int, int, int], Tensor]  # what the mask hides, by place, if it depends on the distance alone
+    known: dict[tuple[int, int, int], Veil]  # what the mask hides, by place, if it depends on the distance alone
 
     @property
     def tile(self) -> tuple[int, int, int, int]:
@@ -77,24 +81,30 @@ class Strip:
 
     def place(self) -> At:
         """Place of the tile, made anew: strips outlive their tiles, and what a place works out is as large as one."""
-        device = self.shape.device
-        return self.shape.at(
-            torch.arange(self.g0, self.g1, device=device),
-            torch.arange(self.r0, self.r1, device=device)[None, None, :, None],
-            torch.arange(self.k0, self.k1, device=device)[None, None, None, :],
-            self.k0,
-        )
+        whole = self.shape.everywhere
+        at = whole.moved(whole.q[:, :, self.r0 : self.r1], whole.k[..., self.k0 : self.k1], self.k0)
+        return self.with_heads(at)
+
+    def with_heads(self, at: At) -> At:
+        """The place of a tile with the same rows and keys; what it has worked out is shared."""
+        whole, groups = self.shape.everywhere, slice(self.g0, self.g1)
+        return replace(at, b=whole.b[groups], h=whole.h[groups])
+
+    def beside(self, other: Strip | Gathered | None) -> bool:
+        """Has the other one the same rows and keys?"""
+        mine = (self.r0, self.r1, self.k0, self.k1)
+        return isinstance(other, Strip) and mine == (other.r0, other.r1, other.k0, other.k1)
 
     def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys."""
         return [Hidden(a, z, self._hidden(at, a, z)) for a, z in self.partial]
 
-    def _hidden(self, at: At, start: int, stop: int) -> Tensor:
+    def _hidden(self, at: At, start: int, stop: int) -> Veil:
         if not self.mask.by_distance:
-            return ~self.mask.visible(at.columns(start, stop))
+            return Veil(~self.mask.visible(at.columns(start, stop)))
         place = (self.r0 - self.k0 - start, self.r1 - self.r0, stop - start)
         if place not in self.known:
-            self.known[place] = ~self.mask.visible(at.columns(start, stop))
+            self.known[place] = Veil(~self.mask.visible(at.columns(start, stop)))
         return self.known[place]
 
     def rows(self, x: Tensor) -> Tensor:
@@ -192,11 +202,12 @@ class Gathered:
 
     def place(self) -> At:
         """Place of the tile; padding repeats the last row and key, and :meth:`hidden` hides it."""
-        return self.shape.at(
-            self.group,
+        whole = self.shape.everywhere
+        at = whole.moved(
             self._rows.clamp(max=self.shape.n - 1)[:, None, :, None],
             self._positions.clamp(max=self.shape.m - 1)[:, None, None, :],
         )
+        return replace(at, b=whole.b[self.group], h=whole.h[self.group])
 
     def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys, or there are none."""
@@ -208,7 +219,7 @@ class Gathered:
         keys = (self.blocks >= 0).repeat_interleave(self.column_size, 1) & (positions < self.shape.m)
         seen = self.mask.visible(at.columns(start, width)) & keys[:, None, None, start:]
         seen = seen & (self._rows < self.shape.n)[:, None, :, None]
-        return [Hidden(start, width, ~seen)]
+        return [Hidden(start, width, Veil(~seen))]
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[T, rep * row_size, D]``."""
@@ -283,6 +294,16 @@ class Layout:
     strips: list[Strip | Gathered]
     row_multiple: int
     column_multiple: int
+
+    def places(self) -> Iterator[tuple[Strip | Gathered, At]]:
+        """Every strip with its place; neighbours share what a place works out of rows and keys."""
+        before: Strip | Gathered | None = None
+        at: At | None = None
+        for strip in self.strips:
+            beside = at is not None and isinstance(strip, Strip) and strip.beside(before)
+            at = strip.with_heads(at) if beside else strip.place()  # type: ignore[union-attr, arg-type]
+            before = strip
+            yield strip, at
 
     @property
     def visited(self) -> float:

@@ -128,7 +128,7 @@ class Shifted(Mask):
 
     def _move(self, at: At) -> At:
         first = self.first[at.b] if len(self.first) > 1 else self.first
-        return replace(at, q=(at.q - first).clamp(min=-at.offset), k=(at.k - first).clamp(min=0))
+        return at.moved((at.q - first).clamp(min=-at.offset), (at.k - first).clamp(min=0), at.first)
 
     def visible(self, at: At) -> Tensor:
         """As the inner mask sees the moved places."""

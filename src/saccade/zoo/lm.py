@@ -15,17 +15,11 @@ import lzma
 import math
 import os
 import random
-import re
-import shutil
-import subprocess
 import tempfile
 import time
-import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
-from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,93 +33,48 @@ from torch import Tensor, nn
 
 from ..worlds import recall
 from ..worlds.text import BOS, Example, heldout, text
+from . import corpus as debian
 
-# Held-out prose comes from debian-handbook, which is therefore not among these.
-PACKAGES = (
-    "anarchism",
-    "apache2-doc",
-    "aptitude-doc-en",
-    "debian-faq",
-    "debian-history",
-    "debian-policy",
-    "debian-reference-en",
-    "developers-reference",
-    "exim4-doc-html",
-    "fortunes",
-    "git-doc",
-    "gnome-user-docs",
-    "harden-doc",
-    "installation-guide-amd64",
-    "jargon-text",
-    "maint-guide",
-    "octave-doc",
-    "perl-doc",
-    "postgresql-doc-15",
-    "python-django-doc",
-    "python-sqlalchemy-doc",
-    "python3.11-doc",
-    "sphinx-doc",
-    "sqlite3-doc",
-    "vim-doc",
-    "zsh-doc",
-)
-HELDOUT_PACKAGE = "debian-handbook"
-MOST_OF_A_PACKAGE = 4_000_000
 EOS, PAD = 257, 258
 KINDS = ("text", *recall.TASKS)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and settings. The last `finish` of the steps are another phase: all lengths, harder examples.
+    """Sizes and settings.
 
-    stages: (share of the steps, tokens, sequences in a step), in their order, and in the finish in any order.
-    mix: shares of the rows of each of KINDS.
+    stages: (share of the steps, tokens, sequences in a step), in their order.
+    mix: shares of the rows of each of KINDS. hard: share of the recall examples that are hard (see `draw`).
     """
 
     hidden: int = 192
     layers: int = 6
     heads: int = 6
     kv_heads: int = 2
+    head_dim: int = 48
     mlp: int = 512
-    rope_theta: float = 50_000.0
+    # Angles slow enough to match over 2048 tokens are more than half of them with this base.
+    rope_theta: float = 1e7
     positions: int = 4096
     stages: tuple[tuple[float, int, int], ...] = (
-        (0.15, 128, 32),
-        (0.35, 256, 16),
-        (0.22, 512, 8),
-        (0.12, 1024, 6),
-        (0.16, 2048, 4),
+        (0.12, 128, 32),
+        (0.30, 256, 16),
+        (0.24, 512, 8),
+        (0.15, 1024, 6),
+        (0.19, 2048, 4),
     )
     lr: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.1
     # Haystacks make prose more than half of all tokens.
-    mix: tuple[float, ...] = (0.36, 0.14, 0.26, 0.06, 0.18)
-    answer_weight: float = 1.0
-
-    finish: float = 3 / 22
-    finish_stages: tuple[tuple[float, int, int], ...] = (
-        (0.1, 256, 16),
-        (0.2, 512, 8),
-        (0.3, 1024, 6),
-        (0.4, 2048, 4),
-    )
-    finish_mix: tuple[float, ...] = (0.30, 0.10, 0.35, 0.15, 0.10)
-    finish_lr: float = 1e-3
-
-    def main_steps(self, steps: int) -> int:
-        """How many of the steps come before the finish."""
-        return steps - round(self.finish * steps)
+    mix: tuple[float, ...] = (0.32, 0.16, 0.28, 0.10, 0.14)
+    hard: float = 0.5
 
     def size(self, step: int, steps: int) -> tuple[int, int]:
         """Tokens in a sequence and sequences in this step: mostly its stage's, at times an earlier one's."""
         rng = random.Random(f"stage/{step}")
-        main = self.main_steps(steps)
-        if step >= main:
-            return rng.choices(self.finish_stages, [share for share, _, _ in self.finish_stages])[0][1:]
         stage, done = 0, self.stages[0][0]
-        while stage + 1 < len(self.stages) and step >= done * main:
+        while stage + 1 < len(self.stages) and step >= done * steps:
             stage += 1
             done += self.stages[stage][0]
         if rng.random() < 0.25:
@@ -133,128 +82,8 @@ class Recipe:
         return self.stages[stage][1:]
 
     def lr_at(self, step: int, steps: int) -> float:
-        """Up from zero, then down to zero, linearly; and so again in the finish."""
-        main = self.main_steps(steps)
-        if step < main:
-            return self.lr * min((step + 1) / self.warmup, 1 - step / main)
-        return self.finish_lr * min((step - main + 1) / self.warmup, 1 - (step - main) / (steps - main))
-
-
-# ---------------------------------------------------------------------------------------------- corpus
-
-
-def cache() -> Path:
-    """Where downloads and unfinished training live."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "saccade"
-
-
-def build_corpus(out: Path, packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """English prose (ASCII) from Debian documentation packages into `out`; returns {package: version}."""
-    missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
-    if missing:
-        raise RuntimeError(
-            f"zoo: building the corpus needs a Debian machine, and there is no {' or '.join(missing)} here: "
-            "give a text file of your own as corpus="
-        )
-    seen: set[str] = set()
-    versions, parts = {}, []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for package in packages:
-            _run(["apt-get", "download", package], folder)
-            (deb,) = folder.glob(f"{package}_*.deb")
-            versions[package] = _run(["dpkg-deb", "-f", deb.name, "Version"], folder).strip()
-            _run(["dpkg-deb", "-x", deb.name, package], folder)
-            parts.append(_prose(folder / package, seen)[:MOST_OF_A_PACKAGE])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n\n".join(parts), encoding="ascii")
-    out.with_suffix(".json").write_text(json.dumps(versions, indent=1))
-    return versions
-
-
-def _run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"zoo: `{' '.join(command)}` failed: {done.stderr.strip()}. "
-            "Run `apt-get update` first, or give a text file of your own as corpus="
-        )
-    return done.stdout
-
-
-def _prose(folder: Path, seen: set[str]) -> str:
-    """English documents under a folder as plain text, without paragraphs (menus, licences) already seen."""
-    documents = []
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.is_symlink():
-            continue
-        raw = partial(path.read_text, encoding="utf-8", errors="replace")
-        if ".html" in path.name and path.suffix != ".gz":
-            document = html_to_text(raw())
-        elif path.suffix == ".pod":
-            document = re.sub(r"^=\w+ ?", "", re.sub(r"[A-Z]<+ ?(.*?) ?>+", r"\1", raw()), flags=re.M)
-        elif path.suffix == ".page":
-            document = html_to_text(raw())
-        elif path.parent.name == "fortunes" and not path.suffix:
-            document = raw().replace("\n%\n", "\n\n")
-        else:
-            continue
-        if not _is_english(document):
-            continue
-        paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", document)]
-        fresh = [p for p in map(_ascii, paragraphs) if p and p not in seen]
-        seen.update(fresh)
-        documents.append("\n".join(fresh))
-    # A package's cap must not keep only the documents whose names come first.
-    random.Random(folder.name).shuffle(documents)
-    return "\n\n".join(documents)
-
-
-def _is_english(document: str) -> bool:
-    words = re.findall(r"[a-z]+", document.lower())
-    common = sum(word in {"the", "of", "and", "to", "is", "in", "that"} for word in words)
-    return len(words) > 100 and common > 0.12 * len(words)
-
-
-def _ascii(paragraph: str) -> str:
-    for fancy, plain in (("\u2018\u2019", "'"), ("\u201c\u201d", '"'), ("\u2010\u2011\u2013\u2014", "-")):
-        paragraph = re.sub(f"[{fancy}]", plain, paragraph)
-    return unicodedata.normalize("NFKD", paragraph).encode("ascii", "ignore").decode()
-
-
-class _Text(HTMLParser):
-    """Text of a page, a blank line between blocks."""
-
-    HIDDEN = frozenset({"script", "style", "nav", "head"})
-    BLOCKS = frozenset(
-        {"p", "div", "section", "h1", "h2", "h3", "h4", "h5", "h6", "title", "pre", "br"}
-        | {"li", "dt", "dd", "ul", "ol", "dl", "table", "tr", "item", "note", "steps"}
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden, self.parts = 0, [""]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.hidden += tag in self.HIDDEN
-        if tag in self.BLOCKS:
-            self.parts.append("\n\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden = max(0, self.hidden - (tag in self.HIDDEN))
-        if tag in self.BLOCKS:
-            self.parts.append("\n\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.parts.append(data)
-
-
-def html_to_text(page: str) -> str:
-    """What a reader of the page sees, a blank line between blocks."""
-    parser = _Text()
-    parser.feed(page)
-    return "".join(parser.parts)
+        """Up from zero, then down to zero, linearly."""
+        return self.lr * min((step + 1) / self.warmup, 1 - step / steps)
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -270,7 +99,7 @@ class Batch:
 
 
 def draw(kind: str, length: int, seed: str, corpus: bytes, rng: random.Random, hard: bool) -> Example:
-    """One training example, of a random difficulty.
+    """One training example.
 
     Easy ones (few pairs asked often, short strings said often) are what lets induction heads begin. Hard ones
     have many pairs asked once, and long strings said once.
@@ -302,11 +131,13 @@ def _log_uniform(rng: random.Random, low: int, high: int) -> int:
     return round(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
-def batch(length: int, rows: int, seed: str, corpus: bytes, mix: tuple[float, ...], hard: bool = False) -> Batch:
+def batch(length: int, rows: int, seed: str, corpus: bytes, mix: tuple[float, ...], hard: float = 0.5) -> Batch:
     """Rows of random kinds. What a recall page says is random, so only its answers train."""
     rng = random.Random(seed)
     kinds = rng.choices(KINDS, mix, k=rows)
-    examples = [(kind, draw(kind, length, f"{seed}/{row}", corpus, rng, hard)) for row, kind in enumerate(kinds)]
+    examples = [
+        (kind, draw(kind, length, f"{seed}/{row}", corpus, rng, rng.random() < hard)) for row, kind in enumerate(kinds)
+    ]
     tokens = torch.stack([example.tokens for _, example in examples])
     kind_of = torch.full_like(tokens, -1)
     for row, (kind, example) in enumerate(examples):
@@ -345,7 +176,7 @@ def build_model(recipe: Recipe) -> Any:
             num_hidden_layers=recipe.layers,
             num_attention_heads=recipe.heads,
             num_key_value_heads=recipe.kv_heads,
-            head_dim=recipe.hidden // recipe.heads,
+            head_dim=recipe.head_dim,
             max_position_embeddings=recipe.positions,
             rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
             tie_word_embeddings=True,
@@ -362,15 +193,14 @@ def build_model(recipe: Recipe) -> Any:
 def _start_recalling(model: Any, recipe: Recipe) -> None:
     """Induction heads at the start, faint ones: from random weights they took longer than all the rest.
 
-    Layer 0: the query heads of the first key head look 1, 2 and 3 tokens back. Every embedding gets one common
-    direction (through the tied output it adds the same to all logits, and so says nothing); queries and keys
-    that read only this direction score by distance alone, since RoPE turns them by it.
+    Layer 0: head i looks i + 1 tokens back. Every embedding gets one common direction (through the tied output
+    it adds the same to all logits, and so says nothing); queries and keys that read only this direction score
+    by distance alone, since RoPE turns them by it.
 
-    Layers 1 and 2: the first key head offers what stood one token back, to queries for the present token; the
-    second what stood two back, to queries for what stood one back. So they look at what followed the same
-    token, and at what followed the same token before this one.
+    Layers 1 and 2: the heads of a key head look at what followed the same three tokens: the first key head
+    matches the last three, the second the three before them, which bind an answer to a name said earlier.
     """
-    size, group = recipe.hidden // recipe.heads, recipe.heads // recipe.kv_heads
+    size, group = recipe.head_dim, recipe.heads // recipe.kv_heads
     angle = recipe.rope_theta ** (-torch.arange(0, size, 2) / size)
     embedding = model.model.embed_tokens.weight
     common = F.normalize(torch.randn(recipe.hidden), dim=0)
@@ -381,33 +211,38 @@ def _start_recalling(model: Any, recipe: Recipe) -> None:
     first = model.model.layers[0].self_attn
     # Fast angles tell neighbours apart; 6 of each makes the next-best distance about exp(-3) as likely.
     amount = 6.0 * (angle > 0.05)
-    first.k_proj.weight[:size] = torch.outer(torch.cat([amount, 0 * amount]), read)
-    for i in range(group):
-        turn = (i + 1) * angle
-        query = torch.cat([amount * turn.cos(), -amount * turn.sin()])
-        first.q_proj.weight[i * size :][:size] = torch.outer(query, read)
-    value = first.v_proj.weight[:size]
+    distance = torch.outer(torch.cat([amount, 0 * amount]), read)
+    first.k_proj.weight.copy_(distance.repeat(recipe.kv_heads, 1))
+    value = first.v_proj.weight
     value.sub_(torch.outer(value @ common, common))
-    back = [first.o_proj.weight[:, i * size :][:, :size].T for i in range(2)]
+    # said[i] reads, from layer 1 on, which token stood i back.
+    said = [value[:size]]
+    for head in range(recipe.heads):
+        turn = (head + 1) * angle
+        query = torch.cat([amount * turn.cos(), -amount * turn.sin()])
+        first.q_proj.weight[head * size :][:size] = torch.outer(query, read)
+        said.append(first.o_proj.weight[:, head * size :][:, :size].T)
 
     # Slow angles match at any distance.
-    slow = (angle < 0.02).repeat(2)[:, None]
-
-    def matching(weight: Tensor) -> Tensor:
-        weight = slow * weight
-        return 2.0 * weight / weight.norm(dim=1).mean()
+    slow = (angle < 0.0015).repeat(2)[:, None]
 
     for layer in model.model.layers[1:3]:
         attention = layer.self_attn
-        for key_head, (asked, offered) in enumerate([(value, back[0]), (back[0], back[1])]):
-            attention.k_proj.weight[key_head * size :][:size] = matching(offered)
-            attention.q_proj.weight[key_head * group * size :][: group * size] = matching(asked).repeat(group, 1)
+        for key_head in range(recipe.kv_heads):
+            asked = offered = torch.zeros(size, recipe.hidden)
+            for i in range(key_head * group, (key_head + 1) * group):
+                # Each of the three by dimensions of its own, as far as there are enough.
+                turned = nn.init.orthogonal_(torch.empty(size, size))
+                asked = asked + turned @ F.normalize(said[i], dim=1)
+                offered = offered + turned @ F.normalize(said[i + 1], dim=1)
+            attention.k_proj.weight[key_head * size :][:size] = slow * offered
+            attention.q_proj.weight[key_head * group * size :][: group * size] = (slow * asked).repeat(group, 1)
 
 
 def train(
     out: str | Path,
     *,
-    steps: int = 4400,
+    steps: int = 4000,
     seed: int = 0,
     threads: int | None = None,
     resume: bool = True,
@@ -426,12 +261,12 @@ def train(
     after every step with its number.
     """
     out, recipe = Path(out), recipe or Recipe()
-    fewest = min(rows for _, _, rows in recipe.stages + recipe.finish_stages)
+    fewest = min(rows for _, _, rows in recipe.stages)
     threads = threads or min(os.cpu_count() or 1, fewest)
     if corpus is None:
-        corpus = cache() / "corpus" / "lm.txt"
+        corpus = debian.default()
         if not corpus.exists():
-            build_corpus(corpus)
+            debian.build(corpus)
     corpus = Path(corpus)
     if not corpus.is_file():
         raise ValueError(f"zoo: expected corpus to be a text file, got {corpus}: give the path of one")
@@ -517,16 +352,13 @@ def _steps(rank: int, job: _Job, on_step: Callable[[int], None] | None) -> None:
     try:
         for step in range(done, job.steps):
             length, rows = recipe.size(step, job.steps)
-            hard = step >= recipe.main_steps(job.steps)
-            mix = recipe.finish_mix if hard else recipe.mix
-            made = batch(length, rows // job.threads, f"{job.seed}/{step}/{rank}", corpus, mix, hard)
+            made = batch(length, rows // job.threads, f"{job.seed}/{step}/{rank}", corpus, recipe.mix, recipe.hard)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = recipe.lr_at(step, job.steps)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(input_ids=made.tokens, use_cache=False).logits
             by_kind = losses(logits, made)
-            weights = {name: 1.0 if name == "text" else recipe.answer_weight for name in by_kind}
-            torch.stack([weights[name] * loss for name, loss in by_kind.items()]).sum().backward()
+            torch.stack(list(by_kind.values())).sum().backward()
             _average(list(params.values()), job.threads)
             nn.utils.clip_grad_norm_(params.values(), 1.0)
             for optimizer in optimizers:
@@ -671,7 +503,7 @@ def _export(job: _Job, model: Any, seconds: float, totals: list[int]) -> None:
             "bytes": job.corpus.stat().st_size,
             "packages": json.loads(manifest.read_text()) if manifest.exists() else {},
         },
-        "heldout": HELDOUT_PACKAGE,
+        "heldout": debian.HELDOUT_PACKAGE,
     }
     (job.out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
