@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import saccade
 from dense import agree, classified, everything, poisoned, qkv
 from saccade import Attention, edits, masks, normalizers, scores, selectors, stats
+from saccade.core.layout import lay_out
+from saccade.core.strips import Shape, Stair
 
 LAWS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -200,6 +202,25 @@ def test_long_masks_with_holes_are_gathered(mask):
     }[mask]
     watched = [stats.KeyMass(), stats.LogSumExp(), stats.BlockMax(32), stats.Rows([0, 350, -1]), stats.TopK(4)]
     agree(Attention(mask=chosen), (1, 2, 1, n, n), watched)
+
+
+@pytest.mark.parametrize(
+    ("heads", "mask", "score", "normalizer", "edit"),
+    [
+        ((2, 2), masks.Window(70), "chain", "softmax", "zero"),
+        ((4, 2), masks.Causal() & masks.Window(100), "alibi", "entmax 1.5", "dropout"),
+        ((4, 2), masks.Window(30, 60), "function", "sigmoid", "gate"),
+        ((2, 1), masks.Causal() & masks.Window(100), "temperature", "sink", "identity"),
+    ],
+)
+def test_windows_are_walked_in_stairs(heads, mask, score, normalizer, edit):
+    b, (h, hkv), n, m = 2, heads, 650, 687
+    spec = Attention(
+        score=SCORES[score](b, h, n, m), mask=mask, normalizer=NORMALIZERS[normalizer](h), edits=EDITS[edit](b, h, n, m)
+    )
+    shape = Shape(b, hkv, h // hkv, n, m, m - n, False, torch.device("cpu"))
+    assert sum(isinstance(s, Stair) for s in lay_out(shape, mask).strips) >= b * hkv
+    agree(spec, (b, h, hkv, n, m), [STATS[s](n, m) for s in sorted(STATS)], tolerance=1e-7)
 
 
 def test_explicit_offset_counts_functions_too():

@@ -20,7 +20,7 @@ from .program import Program
 from .selectors import Selection
 from .spec import Attention
 from .stats import Stat
-from .strips import Gathered, Layout, Shape, Strip
+from .strips import Layout, Piece, Shape
 from .tile import At
 
 ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -110,7 +110,7 @@ class _Scratch:
         return buffer[:size].view(shape)
 
 
-def _scores(program: Program, strip: Strip | Gathered, q: Tensor, k: Tensor, scratch: _Scratch) -> Tensor:
+def _scores(program: Program, strip: Piece, q: Tensor, k: Tensor, scratch: _Scratch) -> Tensor:
     """Scores of a strip in the accumulation dtype (in the input's own if the program is plain)."""
     scale = program.form.scale(q.shape[-1])
     rows, keys = strip.rows(q), strip.keys(k)
@@ -139,7 +139,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def _values(strip: Strip | Gathered, weights: Tensor, v: Tensor) -> Tensor:
+def _values(strip: Piece, weights: Tensor, v: Tensor) -> Tensor:
     """Weights times values, ``[g, rep, n, D]``."""
     g, rep, n, m = strip.tile
     out = v.new_empty(g, rep * n, v.shape[-1])
@@ -172,7 +172,7 @@ class _Places:
             whole.append([like.new_full(size, fill) for size in sizes])
         return whole
 
-    def put(self, strip: Strip | Gathered, whole: list[list[Tensor]], seen: list[tuple[Tensor, ...]]) -> None:
+    def put(self, strip: Piece, whole: list[list[Tensor]], seen: list[tuple[Tensor, ...]]) -> None:
         for stat, tensors, pieces in zip(self.stats, whole, seen, strict=True):
             for i, piece in enumerate(pieces):
                 if stat.axis == "rows":
@@ -186,7 +186,7 @@ class _Places:
                 else:
                     strip.put_chosen(tensors[i], piece, stat.chosen(self.shape.n))
 
-    def take(self, strip: Strip | Gathered, index: int, grad: Tensor) -> Tensor:
+    def take(self, strip: Piece, index: int, grad: Tensor) -> Tensor:
         stat = self.stats[index]
         if stat.axis == "rows":
             return strip.get_rows(grad)
@@ -202,7 +202,7 @@ def _forward(program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor) 
     scratch = _Scratch(q.device)
     places = _Places(program, layout)
     whole = places.empty(torch.empty(0, dtype=ACCUMULATE.get(q.dtype, q.dtype), device=q.device))
-    out = v.new_zeros(*q.shape[:3], v.shape[-1])
+    out = (v.new_empty if layout.covers else v.new_zeros)(*q.shape[:3], v.shape[-1])
     for strip, at in layout.places():
         tile = _scores(program, strip, q, k, scratch)
         weights, seen = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
@@ -240,7 +240,7 @@ class _Band(torch.autograd.Function):
         return None, None, steps.dq, steps.dk.to(k.dtype), steps.dv.to(v.dtype), *steps.d_learned
 
 
-def _may_be_empty(program: Program, strip: Strip | Gathered) -> bool:
+def _may_be_empty(program: Program, strip: Piece) -> bool:
     """Could a row of this strip see nothing? A plain function may hide keys by a score of -inf."""
     return strip.may_be_empty or program.calls_functions
 
@@ -261,7 +261,7 @@ class _Backward:
         self.d_learned = [torch.zeros_like(t) for t in learned]
         self.scratch = _Scratch(q.device)
 
-    def closed(self, strip: Strip | Gathered, at: At) -> None:
+    def closed(self, strip: Piece, at: At) -> None:
         """One strip, from its weights alone."""
         program, scratch = self.program, self.scratch
         g, rep, n, m = strip.tile
@@ -285,7 +285,7 @@ class _Backward:
         assert d_scores is not None
         self._products(strip, d_scores)
 
-    def through_autograd(self, strip: Strip | Gathered, at: At) -> None:
+    def through_autograd(self, strip: Piece, at: At) -> None:
         """One strip, through autograd over the definition of the tile."""
         program = self.program
         g, rep, n, m = strip.tile
@@ -327,7 +327,7 @@ class _Backward:
             strip.put_rows(self.dq, d_query.view(g, rep, n, -1))
             strip.add_keys(self.dk, d_key)
 
-    def _products(self, strip: Strip | Gathered, d_scores: Tensor) -> None:
+    def _products(self, strip: Piece, d_scores: Tensor) -> None:
         """What the gradient of the scores gives the queries and keys of a dot product."""
         g, rep, n, m = strip.tile
         scale = self.program.form.scale(self.q.shape[-1])

@@ -12,10 +12,11 @@ from torch import Tensor
 from .masks import EMPTY, FULL, Full, Mask, Span
 from .program import Veil
 from .selectors import Selection
-from .strips import Gathered, Layout, Shape, Strip
+from .strips import Gathered, Layout, Piece, Shape, Stair, Strip
 
 SMALL = 2**18  # cells of a whole mask that is cheaper to look at than to classify
 COLUMNS = 64  # keys per block of the map
+STAIR = 1536  # keys per row up to which the steps of a window are taken together
 WASTE = 1.3  # keys touched per key visited up to which a contiguous range beats a gather
 
 Runs = list[tuple[int, int]]
@@ -69,6 +70,24 @@ def lay_out(
 
 
 @dataclass
+class _Step:
+    """A row block and the range of keys it visits; ``look``: the runs of them where the mask must be looked at."""
+
+    r0: int
+    rows: int
+    k0: int
+    k1: int
+    look: Runs
+    may_be_empty: bool
+
+    def follows(self, before: _Step) -> bool:
+        """Is it the one before, moved down the diagonal?"""
+        rows = before.rows
+        moved = (before.r0 + rows, before.k0 + rows, before.k1 + rows, rows, before.look)
+        return moved == (self.r0, self.k0, self.k1, self.rows, self.look)
+
+
+@dataclass
 class _Cut:
     shape: Shape
     mask: Mask
@@ -83,7 +102,7 @@ class _Cut:
         """Every row sees every key."""
         shape = self.shape
         rows = self._rows(shape.m, shape.m)
-        strips: list[Strip | Gathered] = [
+        strips: list[Piece] = [
             s for r0 in range(0, shape.n, rows) for s in self._strips(r0, rows, 0, shape.m, [], False)
         ]
         return Layout(shape, strips, 1, 1)
@@ -106,13 +125,17 @@ class _Cut:
     def classified(self) -> Layout:
         """Strips from the mask's own answer for blocks; a row of blocks with holes is gathered."""
         shape = self.shape
-        rows = self._rows(*self._probe())
-        strips: list[Strip | Gathered] = []
+        mean, most = self._probe()
+        # Under a window all rows visit about as many keys.
+        stairs = self.mask.by_distance and not self.all_heads and 0.75 * most < mean <= STAIR
+        rows = -(-64 // self.row_multiple) * self.row_multiple if stairs else self._rows(mean, most)
+        strips: list[Piece] = []
         holes: dict[tuple[int, int], list[tuple[int, list[int], list[int]]]] = {}
         slab = max(1, self.grain.cells // -(-shape.m // COLUMNS))  # row blocks classified at once
         for first in range(0, -(-shape.n // rows), slab):
             span = self._span(rows, COLUMNS, first, first + slab)
             for groups, codes in _codes_by_group(self.mask.blocks(span), shape):
+                steps: list[_Step] = []
                 for i, (visited, partial) in enumerate(_runs(codes)):
                     if not visited:
                         continue
@@ -128,7 +151,13 @@ class _Cut:
                         (a * COLUMNS - k0, min(z * COLUMNS, shape.m) - k0) for a, z in _merge(sorted([*partial, *gaps]))
                     ]
                     may_be_empty = sum(z - a for a, z in look) == k1 - k0
-                    strips += self._strips((first + i) * rows, rows, k0, k1, look, may_be_empty, groups)
+                    r0 = (first + i) * rows
+                    step = _Step(r0, min(rows, shape.n - r0), k0, k1, look, may_be_empty)
+                    if steps and not (stairs and step.follows(steps[-1])):
+                        strips += self._stairs(steps, groups)
+                        steps = []
+                    steps.append(step)
+                strips += self._stairs(steps, groups)
         for groups, tasks in holes.items():
             strips += self._gathered(rows, tasks, groups)
         return Layout(shape, strips, rows, COLUMNS) if holes else Layout(shape, strips, 1, 1)
@@ -155,7 +184,7 @@ class _Cut:
         length, full = (kind > EMPTY).sum(-1).flatten(), (kind == FULL).sum(-1).flatten()
         by_length = length.argsort(descending=True, stable=True)[: int((length > 0).sum())]
         lengths = length[by_length].tolist()
-        strips: list[Strip | Gathered] = []
+        strips: list[Piece] = []
         start = 0
         while start < len(lengths):
             width = lengths[start]
@@ -213,6 +242,20 @@ class _Cut:
         r1 = min(r0 + rows, self.shape.n)
         for g0, g1 in self._group_runs(self.shape.rep * rows * (k1 - k0), groups):
             yield Strip(self.shape, g0, g1, r0, r1, k0, k1, look, self.mask, may_be_empty, self._known)
+
+    def _stairs(self, steps: list[_Step], groups: tuple[int, int]) -> Iterator[Piece]:
+        """A row block alone is a strip; several that are alike are a stair of each group."""
+        if len(steps) == 1:
+            yield from self._strips(**vars(steps[0]), groups=groups)
+        elif steps:
+            width = steps[0].k1 - steps[0].k0
+            most = max(1, self.grain.cells // (self.shape.rep * steps[0].rows * width))
+            for group in range(*groups):
+                for i in range(0, len(steps), most):
+                    s, count = steps[i], len(steps[i : i + most])
+                    yield Stair(
+                        self.shape, group, count, s.r0, s.rows, s.k0, width, s.look, self.mask, s.may_be_empty
+                    )  # fmt: skip
 
     def _gathered(
         self, rows: int, tasks: list[tuple[int, list[int], list[int]]], groups: tuple[int, int]

@@ -1,8 +1,9 @@
 """Strips of query rows with exactly the keys that they may see: what the band executor works on.
 
 Queries lie as ``[groups, rep, N, D]`` and keys as ``[groups, M, D]``: a group is one key head of one sample, ``rep``
-the query heads that share it. A strip is either contiguous (some groups, rows and a range of keys: all views) or
-gathered (a list of groups and row blocks, each with its own list of key blocks, padded to the longest).
+the query heads that share it. A strip is contiguous (some groups, rows and a range of keys: all views), a stair (steps
+down a window's diagonal, also views) or gathered (a list of groups and row blocks, each with its own list of key
+blocks, padded to the longest).
 """
 
 from __future__ import annotations
@@ -81,16 +82,16 @@ class Strip:
 
     def place(self) -> At:
         """Place of the tile, made anew: strips outlive their tiles, and what a place works out is as large as one."""
-        whole = self.shape.everywhere
-        at = whole.moved(whole.q[:, :, self.r0 : self.r1], whole.k[..., self.k0 : self.k1], self.k0)
-        return self.with_heads(at)
+        whole, groups = self.shape.everywhere, slice(self.g0, self.g1)
+        q, k = whole.q[:, :, self.r0 : self.r1], whole.k[..., self.k0 : self.k1]
+        return replace(whole, b=whole.b[groups], h=whole.h[groups], q=q, k=k, first=self.k0, found={})
 
     def with_heads(self, at: At) -> At:
         """The place of a tile with the same rows and keys; what it has worked out is shared."""
         whole, groups = self.shape.everywhere, slice(self.g0, self.g1)
         return replace(at, b=whole.b[groups], h=whole.h[groups])
 
-    def beside(self, other: Strip | Gathered | None) -> bool:
+    def beside(self, other: object) -> bool:
         """Has the other one the same rows and keys?"""
         mine = (self.r0, self.r1, self.k0, self.k1)
         return isinstance(other, Strip) and mine == (other.r0, other.r1, other.k0, other.k1)
@@ -161,6 +162,115 @@ class Strip:
 
 
 @dataclass
+class Stair:
+    """Steps of one group under a mask that depends on the distance alone (a window): each as many rows and keys.
+
+    Step ``i`` has the ``rows`` from ``r0 + i * rows`` and the ``width`` keys from ``k0 + i * rows``: the steps' keys
+    overlap, and are views. Small steps waste little beyond the window's edges, and a product of many runs well.
+    """
+
+    shape: Shape
+    group: int
+    steps: int
+    r0: int
+    rows_each: int
+    k0: int
+    width: int
+    partial: list[tuple[int, int]]
+    mask: Mask
+    may_be_empty: bool
+
+    @property
+    def tile(self) -> tuple[int, int, int, int]:
+        """Shape of the tile."""
+        return self.steps, self.shape.rep, self.rows_each, self.width
+
+    def place(self) -> At:
+        """Place of the tile."""
+        whole, group = self.shape.everywhere, slice(self.group, self.group + 1)
+        q = whole.q[0, 0, self._rows].view(self.steps, 1, self.rows_each, 1)
+        k = self._windows(whole.k[0, 0, 0])[:, None, None]
+        return replace(whole, b=whole.b[group], h=whole.h[group], q=q, k=k, first=None, found={})
+
+    def hidden(self, at: At) -> list[Hidden]:
+        """Where the mask hides keys: of every step what it hides of the first."""
+        return [Hidden(a, z, Veil(~self.mask.visible(at.moved(at.q[:1], at.k[:1, ..., a:z])))) for a, z in self.partial]
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.r0, self.r0 + self.steps * self.rows_each)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """``[M, ...]`` as the keys of each step, ``[steps, width, ...]``, without a copy."""
+        strides = (self.rows_each * x.stride(0), *x.stride())
+        return x.as_strided((self.steps, self.width, *x.shape[1:]), strides, x.storage_offset() + self.k0 * x.stride(0))
+
+    def _each(self, x: Tensor) -> Iterator[Tensor]:
+        """The keys of each step among ``[..., M, D]``, to be written one after the other."""
+        for i in range(self.steps):
+            yield x.narrow(-2, self.k0 + i * self.rows_each, self.width)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[steps, rep * rows, D]``."""
+        return self.get_rows(x).flatten(1, 2)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys of ``[groups, M, D]``: ``[steps, width, D]``."""
+        return self._windows(x[self.group])
+
+    def put_rows(self, whole: Tensor, piece: Tensor) -> None:
+        """Write ``[steps, rep, rows, ...]`` to its rows of ``[groups, rep, N, ...]``."""
+        self.get_rows(whole).copy_(piece)
+
+    def get_rows(self, whole: Tensor) -> Tensor:
+        """The rows that :meth:`put_rows` writes, as a view."""
+        return whole[self.group, :, self._rows].unflatten(1, (self.steps, self.rows_each)).transpose(0, 1)
+
+    def add_keys(self, whole: Tensor, piece: Tensor) -> None:
+        """Add ``[steps, width, D]`` to its keys of ``[groups, M, D]``."""
+        for mine, part in zip(self._each(whole[self.group]), piece, strict=True):
+            mine += part
+
+    def add_columns(self, whole: Tensor, piece: Tensor) -> None:
+        """Add ``[steps, rep, width]`` to its keys of ``[groups, rep, M]``."""
+        for mine, part in zip(self._each(whole[self.group].mT), piece, strict=True):
+            mine += part.mT
+
+    def get_columns(self, whole: Tensor) -> Tensor:
+        """The columns of ``[groups, rep, M]`` that :meth:`add_columns` adds to."""
+        return self._windows(whole[self.group].mT).mT
+
+    def put_blocks(self, whole: Tensor, piece: Tensor, rows: int) -> None:
+        """Write ``[steps, rep, rows_each / rows, nk]`` to its row blocks of ``[groups, rep, N / rows, nk]``."""
+        self.get_blocks(whole, rows).copy_(piece)
+
+    def get_blocks(self, whole: Tensor, rows: int) -> Tensor:
+        """The row blocks that :meth:`put_blocks` writes, as a view."""
+        each, first = self.rows_each // rows, self.r0 // rows
+        mine = whole[self.group, :, first : first + self.steps * each]
+        return mine.unflatten(1, (self.steps, each)).transpose(0, 1)
+
+    def put_chosen(self, whole: Tensor, tile: Tensor, chosen: list[int]) -> None:
+        """Write the chosen rows of a tile to ``[groups, rep, len(chosen), M]``."""
+        for i, step, row, keys in self._chosen(chosen):
+            whole[self.group, :, i, keys] = tile[step, :, row]
+
+    def get_chosen(self, whole: Tensor, chosen: list[int]) -> Tensor:
+        """Gradient of the tile from the gradient of its chosen rows."""
+        tile = whole.new_zeros(self.tile)
+        for i, step, row, keys in self._chosen(chosen):
+            tile[step, :, row] += whole[self.group, :, i, keys]
+        return tile
+
+    def _chosen(self, chosen: list[int]) -> Iterator[tuple[int, int, int, slice]]:
+        for i, row in enumerate(chosen):
+            step, within = divmod(row - self.r0, self.rows_each)
+            if 0 <= step < self.steps:
+                first = self.k0 + step * self.rows_each
+                yield i, step, within, slice(first, first + self.width)
+
+
+@dataclass
 class Gathered:
     """Tasks ``(group, row block)``, each with its key blocks; whole tensors are padded to whole blocks.
 
@@ -203,11 +313,9 @@ class Gathered:
     def place(self) -> At:
         """Place of the tile; padding repeats the last row and key, and :meth:`hidden` hides it."""
         whole = self.shape.everywhere
-        at = whole.moved(
-            self._rows.clamp(max=self.shape.n - 1)[:, None, :, None],
-            self._positions.clamp(max=self.shape.m - 1)[:, None, None, :],
-        )
-        return replace(at, b=whole.b[self.group], h=whole.h[self.group])
+        q = self._rows.clamp(max=self.shape.n - 1)[:, None, :, None]
+        k = self._positions.clamp(max=self.shape.m - 1)[:, None, None, :]
+        return replace(whole, b=whole.b[self.group], h=whole.h[self.group], q=q, k=k, first=None, found={})
 
     def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys, or there are none."""
@@ -286,24 +394,33 @@ class Gathered:
         return tile
 
 
+Piece = Strip | Stair | Gathered
+
+
 @dataclass
 class Layout:
     """All strips of a call, and how whole tensors must be padded for them."""
 
     shape: Shape
-    strips: list[Strip | Gathered]
+    strips: list[Piece]
     row_multiple: int
     column_multiple: int
 
-    def places(self) -> Iterator[tuple[Strip | Gathered, At]]:
+    def places(self) -> Iterator[tuple[Piece, At]]:
         """Every strip with its place; neighbours share what a place works out of rows and keys."""
-        before: Strip | Gathered | None = None
+        before: Piece | None = None
         at: At | None = None
         for strip in self.strips:
             beside = at is not None and isinstance(strip, Strip) and strip.beside(before)
             at = strip.with_heads(at) if beside else strip.place()  # type: ignore[union-attr, arg-type]
             before = strip
             yield strip, at
+
+    @property
+    def covers(self) -> bool:
+        """Does some strip write every row?"""
+        rows = -(-self.shape.n // self.row_multiple) * self.row_multiple
+        return sum(s.tile[0] * s.tile[2] for s in self.strips) == self.shape.groups * rows
 
     @property
     def visited(self) -> float:
