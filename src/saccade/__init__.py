@@ -6,6 +6,7 @@ from .core.errors import SpecError, Unsupported
 from .core.masks import block_map
 from .core.spec import Attention
 from .core.tile import At, Region
+from .hosts.handles import edit, install, watch
 
 __version__ = "0.1.0"
 
@@ -18,12 +19,15 @@ __all__ = [
     "Unsupported",
     "attention",
     "block_map",
+    "edit",
     "edits",
     "explain",
+    "install",
     "masks",
     "normalizers",
     "scores",
     "selectors",
     "stats",
+    "watch",
     "weights",
 ]

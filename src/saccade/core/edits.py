@@ -57,6 +57,22 @@ class Function(Edit):
         return edited if visible is None else edited.masked_fill(~visible, 0)
 
 
+class OnHeads(Edit):
+    """Another edit on some heads alone: an int, several or a slice."""
+
+    def __init__(self, edit: Edit, heads: Any):
+        super().__init__()
+        self.edit: Edit = edit
+        self.region = Region(heads=heads)
+        self.linear, self.needs_visible = edit.linear, edit.needs_visible
+        self.mixes_heads = getattr(edit, "mixes_heads", False)
+
+    def forward(self, weights: Tensor, at: At, visible: Tensor | None) -> Tensor:
+        where = self.region.where(at)
+        assert where is not None
+        return torch.where(where, self.edit(weights, at, visible), weights)
+
+
 class Scale(Edit):
     """Multiply the weights of a region by ``factor``: a number, or one per head ``[H]`` (a learned gate)."""
 

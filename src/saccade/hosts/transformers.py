@@ -1,179 +1,142 @@
-"""Run an attention program inside an unmodified transformers causal language model.
+"""The host for transformers: attention interface and mask interface, nothing patched.
 
-    with install(model, Attention(mask=masks.Window(256) | masks.Sinks(4))):
-        model.generate(...)
-
-The program narrows what the model itself allows: the model's causal and sliding masks, its padding, scale, soft cap
-and sink logits stay. Masks of the program count positions from each text's first token, so left padding and a
-cache that dropped its oldest keys change nothing; scores, edits and selectors count the keys that are there.
+transformers calls one function per attention module, by the name in its config. While a handle is open the model's
+configs name :func:`_attend`; modules at which nothing is done run the model's own attention in the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import inspect
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.attend import attention
+from ..core.edits import Dropout
 from ..core.errors import SpecError, Unsupported
 from ..core.normalizers import Softmax
 from ..core.scores import Bias, Dot, SoftCap
 from ..core.spec import Attention
+from . import acts
+from .acts import Call, Frame, Program, Site
+from .handles import listen, resolve
 from .views import View
 
 NAME = "saccade"
-STATE = "_saccade_layer"
 
-Program = Attention | Callable[[int, int], Attention]
+_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention", re.IGNORECASE)
+_VISION = re.compile(r"(^|\.)(visual|vision\w*|vit|image_\w*)(\.|$)")
+_AUDIO = re.compile(r"(^|\.)(audio\w*)(\.|$)")
 
-
-def install(model: nn.Module, program: Program, watch: Callable[[LayerCall], None] | None = None) -> Installed:
-    """Make a causal language model of transformers run a program, until the handle is closed.
-
-    Args:
-        model: any ``PreTrainedModel`` whose attention goes through transformers' attention interface.
-        program: one :class:`saccade.Attention` for all layers, or a function ``f(layer, heads) -> Attention``.
-        watch: called after each layer's attention with what went in and came out.
-
-    Returns:
-        A context manager; leaving it, or ``.remove()``, puts the model back exactly as it was.
-
-    Raises:
-        SpecError: the program or the model is of the wrong kind.
-        Unsupported: this model cannot run programs; the message says why.
-    """
-    return Installed(model, program, watch)
+_switched: dict[int, tuple[Any, str, int]] = {}  # by a config's id: it, the name it had, how many handles hold it
 
 
-@dataclass(frozen=True)
-class LayerCall:
-    """One layer's attention: queries ``[B, H, N, D]``, keys and values ``[B, Hkv, M, D]``, output ``[B, H, N, Dv]``.
+class TransformersHost:
+    """A ``PreTrainedModel`` whose attention goes through transformers' attention interface."""
 
-    ``offset`` is the place of query 0 among the keys; ``combine`` puts the model's own mask, scale, soft cap and
-    sinks around any program.
-    """
+    def __init__(self, model: nn.Module):
+        from transformers import PreTrainedModel
 
-    layer: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    offset: int
-    combine: Callable[[Attention], Attention]
+        name = type(model).__name__
+        if not isinstance(model, PreTrainedModel):
+            raise SpecError(f"model must be a transformers PreTrainedModel; got {name}")
+        self.model: Any = model
+        if not self.model._can_set_attn_implementation():
+            raise Unsupported(
+                f"{name} computes attention in its own code, not through transformers' attention interface, so no"
+                " program can be put in its place"
+            )
+        self.configs = _configs(model)
 
+    def sites(self) -> list[Site]:
+        found = [
+            Site(path, _layer(path, module), self._kinds(path, module), _heads(module), module)
+            for path, module in self.model.named_modules()
+            if _calls_interface(type(module))
+        ]
+        if not found:
+            raise Unsupported(f"{type(self.model).__name__} has no attention that goes through transformers' interface")
+        return found
 
-@contextmanager
-def output_errors(model: nn.Module, program: Program) -> Iterator[dict[int, float]]:
-    """Run the model dense and, beside it, the program on every layer's same queries, keys and values.
+    def _kinds(self, path: str, module: nn.Module) -> frozenset[str]:
+        cross = getattr(module, "is_cross_attention", False) or _CROSS.search(path)
+        sense = {"pixel_values": "vision", "input_features": "audio"}.get(self.model.main_input_name, "text")
+        if _VISION.search(path):
+            sense = "vision"
+        elif _AUDIO.search(path):
+            sense = "audio"
+        elif sense == "audio" and re.search(r"(^|\.)decoder\.", path):
+            sense = "text"
+        return frozenset({"cross" if cross else "self", sense})
 
-    Yields a dict that fills while the model runs: by layer, ``|program - dense| / |dense|`` (Frobenius) of the
-    attention output of the last call. Positions whose dense output is not finite are an error of the model.
-    """
-    errors: dict[int, float] = {}
-    programs: dict[int, Any] = {}
-
-    def compare(call: LayerCall) -> None:
-        if call.layer not in programs:
-            programs[call.layer] = _resolve(program, call.layer, call.q.shape[1])
-        out = attention(call.q, call.k, call.v, call.combine(programs[call.layer]), offset=call.offset)
-        dense = call.out.double()
-        errors[call.layer] = float((out.double() - dense).norm() / dense.norm())
-
-    with install(model, Attention(), watch=compare):
-        yield errors
-
-
-def _resolve(program: Program, layer: int, heads: int) -> Attention:
-    found = program if isinstance(program, Attention) else cast(Any, program)(layer, heads)
-    if not isinstance(found, Attention):
-        raise SpecError(f"the program for layer {layer} must be a saccade.Attention; got {type(found).__name__}")
-    return found
-
-
-class Installed:
-    """A model that runs a program: a context manager, and :meth:`remove` for the same without ``with``."""
-
-    _count = 0  # models that run a program now; the last one out takes the name off transformers' registries
-
-    def __init__(self, model: nn.Module, program: Program, watch: Callable[[LayerCall], None] | None):
-        if not isinstance(program, Attention) and not callable(program):
-            raise SpecError(f"program must be a saccade.Attention or f(layer, heads); got {type(program).__name__}")
-        layers = _attention_layers(model)
-        programs = [_resolve(program, index, heads) for index, _, heads in layers]
-        self.model = cast(Any, model)
-        self.modules = [module for _, module, _ in layers]
-        self.before = [(c, c._attn_implementation_internal) for c in _configs(model)]
-        self.installed = True
+    def enter(self) -> None:
+        before = [(c, c._attn_implementation_internal) for c in self.configs]
         _register()
-        Installed._count += 1
         try:
             self.model.set_attn_implementation(NAME)
-            missed = [m for m in self.modules if m.config._attn_implementation != NAME]
-            if missed:
-                raise Unsupported(
-                    f"{type(missed[0]).__name__} of {type(model).__name__} kept attention"
-                    f" {missed[0].config._attn_implementation!r} when it was set to {NAME!r}"
-                )
-            for (index, module, _), one in zip(layers, programs, strict=True):
-                setattr(module, STATE, _Layer(index, one, watch))
         except BaseException:
-            self.remove()
+            if not _switched:
+                _unregister()
             raise
+        for config, name in before:
+            _, first, count = _switched.get(id(config), (config, name, 0))
+            _switched[id(config)] = config, first, count + 1
+        missed = [s.module for s in self.sites() if _implementation(s.module) != NAME]
+        if missed:
+            kept = f"{type(missed[0]).__name__} of {type(self.model).__name__} kept {_implementation(missed[0])!r}"
+            self.leave()
+            raise Unsupported(f"{kept} attention when it was set to {NAME!r}")
 
-    def remove(self) -> None:
-        """Put the model back as it was; a second call does nothing."""
-        if not self.installed:
-            return
-        self.installed = False
-        for module in self.modules:
-            module.__dict__.pop(STATE, None)
-        for config, name in self.before:
-            config._attn_implementation_internal = name
-        Installed._count -= 1
-        if not Installed._count:
+    def leave(self) -> None:
+        for config in self.configs:
+            _, first, count = _switched.pop(id(config))
+            if count > 1:
+                _switched[id(config)] = config, first, count - 1
+            else:
+                config._attn_implementation_internal = first
+        if not _switched:
             _unregister()
 
-    def __enter__(self) -> Installed:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
+@functools.cache
+def _calls_interface(kind: type[nn.Module]) -> bool:
+    """Does a module's own forward look its attention function up?"""
+    if kind.__module__.startswith("torch."):
+        return False
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # a class made at run time has no source
+        return False
 
 
-def _attention_layers(model: nn.Module) -> list[tuple[int, Any, int]]:
-    """Layer number, module and query heads of every attention layer of a model that can run programs."""
-    from transformers import PreTrainedModel
+def _implementation(module: Any) -> str:
+    return str(module.config._attn_implementation)
 
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise SpecError(f"model must be a transformers PreTrainedModel; got {name}")
-    host: Any = model
-    if host.config.is_encoder_decoder or host.config.get_text_config() is not host.config:
-        raise Unsupported(f"{name} has an encoder or several towers; only decoder-only text models run programs")
-    if not host._can_set_attn_implementation():
-        raise Unsupported(
-            f"{name} computes attention in its own code, not through transformers' attention interface, so no"
-            " program can be put in its place"
-        )
-    found = []
-    module: Any
-    for module in host.modules():
-        layer = getattr(module, "layer_idx", None)
-        if layer is None or "Attention" not in type(module).__name__ or not hasattr(module, "config"):
-            continue
-        if STATE in module.__dict__:
-            raise SpecError(f"{name} already runs a program: remove it first")
-        found.append((int(layer), module, int(module.config.num_attention_heads)))
-    if not found:
-        raise Unsupported(f"{name} has no attention layer with a number (layer_idx), so programs cannot be dispatched")
-    return sorted(found, key=lambda one: one[0])
+
+def _layer(path: str, module: Any) -> int:
+    """The number that the module carries, or the first one in its path."""
+    number = getattr(module, "layer_idx", None)
+    if number is None:
+        numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
+        number = numbers[0] if numbers else 0
+    return int(number)
+
+
+def _heads(module: Any) -> int:
+    for owner in (module, module.config):
+        for name in ("num_heads", "n_heads", "num_attention_heads"):
+            if isinstance(getattr(owner, name, None), int):
+                return int(getattr(owner, name))
+    raise Unsupported(f"{type(module).__name__} does not say how many heads it has")
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Every config that :meth:`set_attn_implementation` may write to, once."""
+    """Every config that ``set_attn_implementation`` may write to, once."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in list(configs.values()):
         for key in getattr(config, "sub_configs", {}):
@@ -197,51 +160,33 @@ def _unregister() -> None:
         registry._global_mapping.pop(NAME, None)  # there is a public way in and none out
 
 
-@dataclass
-class _Layer:
-    """What a layer's module carries while a program is installed."""
-
-    index: int
-    program: Attention
-    watch: Callable[[LayerCall], None] | None
-    combined: dict[Any, Attention] = field(default_factory=dict)
-
-
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, dropout: float = 0.0,
     scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None, **_: Any,
+    position_bias: Tensor | None = None, is_causal: bool | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function that transformers calls in every layer."""
-    layer: _Layer | None = module.__dict__.get(STATE)
-    if layer is None:
-        raise SpecError(f"{type(module).__name__} is set to {NAME!r} attention but no program is installed in it")
-    if dropout:
-        raise Unsupported("attention dropout inside a program: use model.eval() or set attention_dropout to 0")
-    if position_bias is not None:
-        raise Unsupported(f"{type(module).__name__} adds a position bias, which programs do not take over yet")
-    view = attention_mask if isinstance(attention_mask, View) else View.given(attention_mask, query, key)
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    view = attention_mask if isinstance(attention_mask, View) else View.given(attention_mask, query, key, causal)
     if view.keys != key.shape[2]:
-        raise SpecError(f"layer {layer.index}: the mask was made for {view.keys} keys, the cache gave {key.shape[2]}")
+        raise SpecError(f"{type(module).__name__}: the mask was made for {view.keys} keys, there are {key.shape[2]}")
+    if position_bias is not None and not bool(position_bias.any()):  # what T5's cross-attention is given
+        position_bias = None
 
     def combine(program: Attention) -> Attention:
-        return _combine(program, view, scaling, softcap, s_aux)
+        return _combine(program, view, scaling, softcap, s_aux, position_bias, dropout)
 
-    if view.name is None:
-        spec = combine(layer.program)
-    else:
-        told = (view.name, scaling, softcap, None if s_aux is None else id(s_aux))
-        spec = layer.combined.get(told) or layer.combined.setdefault(told, combine(layer.program))
-    out = attention(query, key, value, spec, offset=view.offset)
-    if layer.watch is not None:
-        layer.watch(LayerCall(layer.index, query, key, value, out, view.offset, combine))
+    like_no_other = view.name is None or position_bias is not None or dropout
+    told = None if like_no_other else (view.name, scaling, softcap, None if s_aux is None else id(s_aux))
+    out = acts.run(module, query, key, value, Frame(combine, view.offset, told))
     return out.transpose(1, 2).contiguous(), None
 
 
 def _combine(
-    program: Attention, view: View, scaling: float | None, softcap: float | None, sinks: Tensor | None
-) -> Attention:
-    """A program inside the model's own mask, scale, soft cap and sink logits."""
+    program: Attention, view: View, scaling: float | None, softcap: float | None, sinks: Tensor | None,
+    bias: Tensor | None, dropout: float,
+) -> Attention:  # fmt: skip
+    """A program inside the model's own mask, scale, soft cap, bias, sink logits and dropout."""
     form = program.form
     if type(form) is Dot and form.factor is None:
         form = Dot(scaling)
@@ -253,11 +198,35 @@ def _combine(
             )
         normalizer = Softmax(sink=sinks)
     early = [SoftCap(softcap)] if softcap is not None else []
-    bias = [Bias(view.bias)] if view.bias is not None else []
+    added = [Bias(b) for b in (view.bias, bias) if b is not None]
+    # Drawn from torch's generator, so that gradient checkpointing drops the same weights again.
+    dropped = [Dropout(dropout, seed=int(torch.randint(2**31, ())))] if dropout else []
     return Attention(
-        score=[form, *early, *bias, *program.modifiers],
+        score=[form, *early, *added, *program.modifiers],
         mask=view.narrow(program.mask),
         normalizer=normalizer,
-        edits=program.changes,
+        edits=[*program.changes, *dropped],
         select=program.select,
     )
+
+
+@contextmanager
+def output_errors(model: nn.Module, program: Program) -> Iterator[dict[int, float]]:
+    """Run the model dense and, beside it, the program on every layer's same queries, keys and values.
+
+    Yields a dict that fills while the model runs: by layer, ``|program - dense| / |dense|`` (Frobenius) of the
+    attention output of the last call. Positions whose dense output is not finite are an error of the model.
+    """
+    errors: dict[int, float] = {}
+    programs: dict[str, Attention] = {}
+
+    def compare(call: Call) -> None:
+        path = call.site.path
+        if path not in programs:
+            programs[path] = resolve(program, call.site)
+        out = attention(call.q, call.k, call.v, call.frame.combine(programs[path]), offset=call.frame.offset)
+        dense = call.out.double()
+        errors[call.site.layer] = float((out.double() - dense).norm() / dense.norm())
+
+    with listen(model, compare):
+        yield errors

@@ -62,11 +62,11 @@ class View:
         return View(mask, kv_length, offset, padding, first if bool(first.any()) else None)
 
     @staticmethod
-    def given(mask: Any, query: Tensor, key: Tensor) -> View:
-        """A four-dimensional mask that the user made: it stands in for the model's own. ``None``: causal."""
+    def given(mask: Any, query: Tensor, key: Tensor, causal: bool) -> View:
+        """A four-dimensional mask that the user made: it stands in for the model's own. ``None``: all, or causal."""
         n, m = query.shape[2], key.shape[2]
         if mask is None:
-            return View(Causal(), m, m - n, name="causal")
+            return View(Causal(), m, m - n, name="causal") if causal else View(Full(), m, 0, name="full")
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise Unsupported(f"the model handed over a mask of an unknown kind: {type(mask).__name__}")
         mask = mask[..., :m]
@@ -78,7 +78,8 @@ class View:
     def narrow(self, mask: Mask) -> Mask:
         """The program's mask within the model's."""
         parts = [] if isinstance(mask, Full) else [mask if self.first is None else Shifted(mask, self.first)]
-        if not (isinstance(self.mask, Causal) and self.first is None and any(map(_is_causal, parts))):
+        implied = isinstance(self.mask, Causal) and self.first is None and any(map(_is_causal, parts))
+        if not implied and not (isinstance(self.mask, Full) and parts):
             parts.insert(0, self.mask)
         if self.padding is not None:
             parts.append(Padding(self.padding))
@@ -102,6 +103,10 @@ def _recognise(function: Any) -> tuple[Any, Mask]:
     inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     if kind == "causal_mask_function":
         return "causal", Causal()
+    if kind == "bidirectional_mask_function":
+        return "full", Full()
+    if kind == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+        return ("both sides", inside[0]), Window(inside[0] + 1)
     if kind == "sliding_window_overlay.<locals>.inner_mask":
         return ("window", inside[0]), Window(inside[0], right=FOREVER)
     if kind in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask") and len(inside) == 1:

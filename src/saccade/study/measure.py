@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.spec import Attention
-from ..hosts.transformers import install, output_errors
+from ..hosts.handles import install
+from ..hosts.transformers import output_errors
 
 
 @dataclass(frozen=True)

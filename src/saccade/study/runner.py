@@ -21,7 +21,7 @@ import torch
 
 from .. import __version__
 from ..core.errors import SpecError, Unsupported
-from ..hosts.transformers import install
+from ..hosts.handles import install
 from . import measure, models, programs, tasks
 
 SPEED = "speed"

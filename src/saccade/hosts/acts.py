@@ -1,0 +1,257 @@
+"""What people do to a model's attention, and how it acts together at one place.
+
+A host finds a model's :class:`Site` s and calls :func:`run` wherever attention is computed. An :class:`Act` is what
+one call of :func:`saccade.install`, ``watch`` or ``edit`` does at one site. Of several programs the innermost counts;
+edits follow one another in the order in which they came; every watcher sees the weights that multiply the values.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.attend import attention
+from ..core.edits import Edit, OnHeads
+from ..core.errors import SpecError
+from ..core.spec import Attention
+from ..core.stats import Stat
+
+STATE = "_saccade_acts"
+
+Program = Attention | Callable[[int, int], Attention]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention module of a model: its path, its layer's number, its kinds ("self", "text", ...) and heads."""
+
+    path: str
+    layer: int
+    kinds: frozenset[str]
+    heads: int
+    module: nn.Module
+
+    def __str__(self) -> str:
+        return f"{self.path} (layer {self.layer}, {' '.join(sorted(self.kinds))}, {self.heads} heads)"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A model's own attention at one call, into which programs are put.
+
+    Attributes:
+        combine: puts the model's mask, scale, soft cap, sinks and bias around a program.
+        offset: the place of query 0 among the keys.
+        name: tells frames apart whose ``combine`` differs; ``None``: this one is like no other.
+    """
+
+    combine: Callable[[Attention], Attention]
+    offset: int = 0
+    name: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a site's attention: queries ``[B, H, N, D]``, keys and values ``[B, Hkv, M, D]``, output."""
+
+    site: Site
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    frame: Frame
+
+
+@dataclass(eq=False)
+class Act:
+    """What one handle does at one site; ``heads``: on these alone."""
+
+    site: Site
+    heads: tuple[int, ...] | None = None
+    program: Attention | None = None
+    edits: Sequence[Edit] = ()
+    stats: Sequence[Stat] = ()
+    see: Callable[[Call, dict[str, Any]], None] | None = None
+
+
+@dataclass(eq=False)
+class Acts:
+    """All acts at one module, and the programs they make with the frames seen so far."""
+
+    site: Site
+    acts: list[Act] = field(default_factory=list)
+    combined: dict[Any, Attention] = field(default_factory=dict)
+
+    def programs(self) -> list[tuple[tuple[int, ...] | None, Attention]]:
+        """Programs by head: the first for all heads, later ones for those they name."""
+        found: list[tuple[tuple[int, ...] | None, Attention]] = [(None, Attention())]
+        for act in self.acts:
+            if act.program is not None:
+                found = [*found, (act.heads, act.program)] if act.heads is not None else [(None, act.program)]
+        return found
+
+    def edits(self) -> list[Edit]:
+        """All edits, those of some heads confined to them."""
+        return [e if act.heads is None else OnHeads(e, act.heads) for act in self.acts for e in act.edits]
+
+    def whole(self, program: Attention, index: int, frame: Frame) -> Attention:
+        """A program with all edits inside the model's frame."""
+        key = None if frame.name is None else (index, frame.name)
+        if key is not None and key in self.combined:
+            return self.combined[key]
+        spec = frame.combine(program)
+        edits = self.edits()
+        if edits:
+            spec = Attention(
+                score=[spec.form, *spec.modifiers], mask=spec.mask, normalizer=spec.normalizer,
+                edits=[*spec.changes, *edits], select=spec.select,
+            )  # fmt: skip
+        if key is not None:
+            self.combined[key] = spec
+        return spec
+
+
+def add(act: Act) -> None:
+    """Let an act take part at its site's module."""
+    acts = act.site.module.__dict__.setdefault(STATE, Acts(act.site))
+    acts.acts.append(act)
+    acts.combined.clear()
+
+
+def drop(act: Act) -> None:
+    """Take an act away, and with the last one every trace."""
+    acts = act.site.module.__dict__[STATE]
+    acts.acts.remove(act)
+    acts.combined.clear()
+    if not acts.acts:
+        del act.site.module.__dict__[STATE]
+
+
+def run(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
+    """Attention of a module with all that is done to it: ``[B, H, N, Dv]``.
+
+    Your own attention module is hosted by calling this in place of its attention function.
+    """
+    acts: Acts | None = module.__dict__.get(STATE)
+    if acts is None:
+        return attention(q, k, v, frame.combine(Attention()), offset=frame.offset)
+    watching = [act for act in acts.acts if act.stats]
+    stats = [_labelled(s, f"{i}/{s.label}") for i, act in enumerate(watching) for s in act.stats]
+    out: Tensor | None = None
+    seen: dict[str, Any] = {}
+    for index, (heads, program) in enumerate(acts.programs()):
+        spec = acts.whole(program, index, frame)
+        found = attention(q, k, v, spec, stats=stats, offset=frame.offset)
+        mine, looked = found if stats else (found, {})
+        if heads is None:
+            out, seen = mine, looked
+        else:
+            of = torch.tensor(heads, device=q.device)
+            out = _put(out, mine, of)
+            seen = {name: _put(seen[name], looked[name], of) for name in seen}
+    assert out is not None
+    call = Call(acts.site, q, k, v, out, frame)
+    for act in acts.acts:
+        if act.see is not None:
+            told = {}
+            if act.stats:
+                i = watching.index(act)
+                told = {s.label: _take(seen[f"{i}/{s.label}"], act.heads) for s in act.stats}
+            act.see(call, told)
+    return out
+
+
+def _labelled(stat: Stat, label: str) -> Stat:
+    renamed = copy.copy(stat)
+    renamed.label = label
+    return renamed
+
+
+def _over(function: Callable[..., Tensor], *results: Any) -> Any:
+    """Apply a function to the tensors ``[B, H, ...]`` of a stat's results: a tensor, a dict or a named tuple."""
+    first = results[0]
+    if isinstance(first, Tensor):
+        return function(*results)
+    if isinstance(first, dict):
+        return {name: _over(function, *(r[name] for r in results)) for name in first}
+    return type(first)(*(_over(function, *parts) for parts in zip(*results, strict=True)))
+
+
+def _put(whole: Any, part: Any, heads: Tensor) -> Any:
+    return _over(lambda a, b: a.index_copy(1, heads, b.index_select(1, heads)), whole, part)
+
+
+def _take(whole: Any, heads: tuple[int, ...] | None) -> Any:
+    return whole if heads is None else _over(lambda a: a[:, list(heads)], whole)
+
+
+def pick(sites: Sequence[Site], model: str, layers: Any, kind: str | Iterable[str] | None) -> list[Site]:
+    """The sites that the selectors name.
+
+    Args:
+        sites: all of the model's.
+        model: its name, for the error.
+        layers: a number (negative: from the end), several, a slice, a pattern of paths (``"*.cross_attn"``) or a
+            function of a :class:`Site`; ``None``: all.
+        kind: ``"self"``, ``"cross"``, ``"vision"``, ``"text"``, ``"audio"``, or several: all must hold.
+
+    Raises:
+        SpecError: nothing is named; the message lists what there is.
+    """
+    kinds = {kind} if isinstance(kind, str) else set(kind or ())
+    among = [s for s in sites if kinds <= s.kinds]
+    count = max((s.layer for s in among), default=-1) + 1
+    if layers is None:
+        chosen = among
+    elif isinstance(layers, str):
+        chosen = [s for s in among if fnmatch.fnmatchcase(s.path, layers)]
+    elif callable(layers):
+        chosen = [s for s in among if layers(s)]
+    else:
+        if isinstance(layers, slice):
+            numbers = set(range(count)[layers])
+        else:
+            asked = [layers] if isinstance(layers, int) else [int(i) for i in layers]
+            numbers = {i + count if i < 0 else i for i in asked}
+            missing = sorted(numbers - {s.layer for s in among})
+            if missing and among:
+                raise SpecError(f"layers={layers}: {model} has no layer {missing}; it has {_there(among)}")
+        chosen = [s for s in among if s.layer in numbers]
+    if not chosen:
+        told = ", ".join(f"{n}={v!r}" for n, v in (("layers", layers), ("kind", kind)) if v is not None)
+        raise SpecError(f"{told or 'this model'} matches no attention layer of {model}; it has {_there(sites)}")
+    return chosen
+
+
+def pick_heads(site: Site, heads: Any) -> tuple[int, ...] | None:
+    """Heads as numbers from 0: an int, several, or a slice; ``None``: all."""
+    if heads is None:
+        return None
+    if isinstance(heads, slice):
+        chosen = tuple(range(site.heads)[heads])
+    else:
+        asked = [heads] if isinstance(heads, int) else [int(h) for h in heads]
+        outside = [h for h in asked if not -site.heads <= h < site.heads]
+        if outside:
+            raise SpecError(f"heads={heads}: {site.path} has heads 0 to {site.heads - 1}, not {outside}")
+        chosen = tuple(dict.fromkeys(h % site.heads for h in asked))
+    if not chosen:
+        raise SpecError(f"heads={heads} names none of the {site.heads} heads of {site.path}")
+    return chosen
+
+
+def _there(sites: Sequence[Site]) -> str:
+    """What there is, one line per sort of layer."""
+    sorts: dict[tuple[str, ...], list[Site]] = {}
+    for s in sites:
+        sorts.setdefault(tuple(sorted(s.kinds)), []).append(s)
+    return "; ".join(
+        f"{' '.join(kinds)} layers {sorted({s.layer for s in some})} ({some[0].path} ...)"
+        for kinds, some in sorts.items()
+    )
