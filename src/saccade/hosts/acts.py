@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attend import attention
-from ..core.edits import Edit, OnHeads
+from ..core.edits import Dropout, Edit, OnHeads
 from ..core.errors import SpecError
+from ..core.masks import Full, as_mask
+from ..core.scores import Bias, Dot
 from ..core.spec import Attention
 from ..core.stats import Stat
+from .views import View
 
 STATE = "_saccade_acts"
 
@@ -46,14 +49,41 @@ class Frame:
     """A model's own attention at one call, into which programs are put.
 
     Attributes:
-        combine: puts the model's mask, scale, soft cap, sinks and bias around a program.
+        combine: puts the model's mask, scale, soft cap, sinks and bias around a program (see :func:`inside`); if not
+            given the model has none of these.
         offset: the place of query 0 among the keys.
         name: tells frames apart whose ``combine`` differs; ``None``: this one is like no other.
     """
 
-    combine: Callable[[Attention], Attention]
+    combine: Callable[[Attention], Attention] = lambda program: program
     offset: int = 0
     name: Any = None
+
+
+def inside(
+    allowed: Any = None, *, scale: float | None = None, biases: Sequence[Tensor] = (), dropout: float = 0.0
+) -> Callable[[Attention], Attention]:
+    """What puts a program inside a model's own attention, for :class:`Frame`.
+
+    Args:
+        allowed: what the model lets its queries see: a mask as :class:`saccade.Attention` takes it, or a ``View``.
+        scale: factor of the dot product; ``D ** -0.5`` if not given.
+        biases: added to the scores, each broadcasting to ``[B, H, N, M]``.
+        dropout: share of the weights to drop; its seed is drawn from torch's generator here, once.
+    """
+    view = allowed if isinstance(allowed, View) else View(as_mask(allowed), 0, 0)
+    dropped = [Dropout(dropout, seed=int(torch.randint(2**31, ())))] if dropout else []
+
+    def combine(program: Attention) -> Attention:
+        form = program.form
+        if scale is not None and type(form) is Dot and form.factor is None:
+            form = Dot(scale)
+        return Attention(
+            score=[form, *map(Bias, biases), *program.modifiers], mask=view.narrow(program.mask),
+            normalizer=program.normalizer, edits=[*program.changes, *dropped], select=program.select,
+        )  # fmt: skip
+
+    return combine
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +98,14 @@ class Call:
     frame: Frame
 
 
+@dataclass(frozen=True)
+class Looker:
+    """Stats that a host itself wants of a call, and who is told of them."""
+
+    stats: Sequence[Stat]
+    tell: Callable[[dict[str, Any]], None]
+
+
 @dataclass(eq=False)
 class Act:
     """What one handle does at one site; ``heads``: on these alone."""
@@ -78,6 +116,9 @@ class Act:
     edits: Sequence[Edit] = ()
     stats: Sequence[Stat] = ()
     see: Callable[[Call, dict[str, Any]], None] | None = None
+
+
+_NOWHERE = Site("", 0, frozenset(), 0, nn.Identity())
 
 
 @dataclass(eq=False)
@@ -133,16 +174,30 @@ def drop(act: Act) -> None:
         del act.site.module.__dict__[STATE]
 
 
-def run(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
+def at_work(module: nn.Module) -> bool:
+    """Is anything done to this module?"""
+    acts: Acts | None = module.__dict__.get(STATE)
+    return acts is not None and any(a.program is not None or a.edits or a.stats or a.see for a in acts.acts)
+
+
+def narrows(module: nn.Module) -> bool:
+    """Does a program at this module have a mask?"""
+    acts: Acts | None = module.__dict__.get(STATE)
+    return acts is not None and any(not isinstance(program.mask, Full) for _, program in acts.programs())
+
+
+def run(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, frame: Frame, looker: Looker | None = None) -> Tensor:
     """Attention of a module with all that is done to it: ``[B, H, N, Dv]``.
 
-    Your own attention module is hosted by calling this in place of its attention function.
+    Your own attention module is hosted by calling this in place of its attention function. ``looker``: the host's
+    own stats and who is told of them, beside those of the acts.
     """
-    acts: Acts | None = module.__dict__.get(STATE)
-    if acts is None:
+    acts: Acts = module.__dict__.get(STATE) or Acts(_NOWHERE)
+    if not acts.acts and looker is None:
         return attention(q, k, v, frame.combine(Attention()), offset=frame.offset)
     watching = [act for act in acts.acts if act.stats]
     stats = [_labelled(s, f"{i}/{s.label}") for i, act in enumerate(watching) for s in act.stats]
+    stats += looker.stats if looker is not None else ()
     out: Tensor | None = None
     seen: dict[str, Any] = {}
     for index, (heads, program) in enumerate(acts.programs()):
@@ -156,14 +211,15 @@ def run(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Ten
             out = _put(out, mine, of)
             seen = {name: _put(seen[name], looked[name], of) for name in seen}
     assert out is not None
-    call = Call(acts.site, q, k, v, out, frame)
     for act in acts.acts:
         if act.see is not None:
             told = {}
             if act.stats:
                 i = watching.index(act)
                 told = {s.label: _take(seen[f"{i}/{s.label}"], act.heads) for s in act.stats}
-            act.see(call, told)
+            act.see(Call(acts.site, q, k, v, out, frame), told)
+    if looker is not None:
+        looker.tell({s.label: seen[s.label] for s in looker.stats})
     return out
 
 

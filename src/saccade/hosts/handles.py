@@ -178,6 +178,11 @@ def listen(model: nn.Module, hear: Callable[[Call], None], **where: Any) -> Hand
     )  # fmt: skip
 
 
+def lead(model: nn.Module) -> Handle:
+    """Lead a model's attention through the engine and do nothing to it."""
+    return Handle(model, None, None, None, lambda site: {})
+
+
 def resolve(program: Program, site: Site) -> Attention:
     """The program for a site."""
     found = program if isinstance(program, Attention) else program(site.layer, site.heads)

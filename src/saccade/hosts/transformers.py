@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,12 @@ from ..core.normalizers import Softmax
 from ..core.scores import Bias, Dot, SoftCap
 from ..core.spec import Attention
 from . import acts
-from .acts import Call, Frame, Program, Site
+from .acts import Call, Frame, Looker, Program, Site
 from .handles import listen, resolve
 from .views import View
 
 NAME = "saccade"
+HELD = "_saccade_held"  # what a saccade cache calls itself on the keys that it hands to the model
 
 _CROSS = re.compile(r"cross|encoder_attn|EncDecAttention", re.IGNORECASE)
 _VISION = re.compile(r"(^|\.)(visual|vision\w*|vit|image_\w*)(\.|$)")
@@ -57,7 +58,7 @@ class TransformersHost:
         found = [
             Site(path, _layer(path, module), self._kinds(path, module), _heads(module), module)
             for path, module in self.model.named_modules()
-            if _calls_interface(type(module))
+            if _calls_interface(type(module))  # type: ignore[arg-type]
         ]
         if not found:
             raise Unsupported(f"{type(self.model).__name__} has no attention that goes through transformers' interface")
@@ -104,7 +105,7 @@ class TransformersHost:
 
 
 @functools.cache
-def _calls_interface(kind: type[nn.Module]) -> bool:
+def _calls_interface(kind: Any) -> bool:
     """Does a module's own forward look its attention function up?"""
     if kind.__module__.startswith("torch."):
         return False
@@ -168,18 +169,58 @@ def _attend(
     """The attention function that transformers calls in every layer."""
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     view = attention_mask if isinstance(attention_mask, View) else View.given(attention_mask, query, key, causal)
-    if view.keys != key.shape[2]:
+    held = getattr(key, HELD, None)
+    if view.keys != key.shape[2] and held is None:
         raise SpecError(f"{type(module).__name__}: the mask was made for {view.keys} keys, there are {key.shape[2]}")
     if position_bias is not None and not bool(position_bias.any()):  # what T5's cross-attention is given
         position_bias = None
 
-    def combine(program: Attention) -> Attention:
-        return _combine(program, view, scaling, softcap, s_aux, position_bias, dropout)
+    def frame(view: View, sinks: Tensor | None = s_aux) -> Frame:
+        def combine(program: Attention) -> Attention:
+            return _combine(program, view, scaling, softcap, sinks, position_bias, dropout)
 
-    like_no_other = view.name is None or position_bias is not None or dropout
-    told = None if like_no_other else (view.name, scaling, softcap, None if s_aux is None else id(s_aux))
-    out = acts.run(module, query, key, value, Frame(combine, view.offset, told))
+        like_no_other = view.name is None or position_bias is not None or dropout
+        told = None if like_no_other else (view.name, scaling, softcap, None if sinks is None else id(sinks))
+        return Frame(combine, view.offset, told)
+
+    if held is None:
+        out = acts.run(module, query, key, value, frame(view))
+    else:
+        out = _attend_held(module, query, held, view, frame, s_aux)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_held(
+    module: nn.Module, query: Tensor, held: Any, view: View, frame: Callable[..., Frame], sinks: Tensor | None
+) -> Tensor:
+    """Attention over what a :class:`saccade.cache.Cache` holds, which then drops what its policy does not want."""
+    new = query.shape[2]
+    if view.text is not None:
+        held.hide(view.text)
+    stats = held.owner.policy.stats(new)
+    grouped = query.unflatten(1, (sum(len(s.heads) for s in held.segments), -1))
+    out: Tensor | None = None
+    for segment in held.segments:
+        looker = Looker(stats, functools.partial(held.settle, segment, new))
+        mine = view.at(segment.positions, held.seen, new, acts.narrows(module))
+        if len(held.segments) == 1:
+            out = acts.run(module, query, segment.keys, segment.values, frame(mine), looker)
+            break
+        if acts.at_work(module):
+            raise Unsupported("a program, edit or stat on heads of which each holds another number of tokens")
+        own = segment.heads.to(query.device)
+        theirs = None if sinks is None else sinks.view(grouped.shape[1], -1)[own].flatten()
+        q = grouped[:, own].flatten(1, 2)
+        found = acts.run(_nobody, q, segment.keys, segment.values, frame(mine, theirs), looker)
+        if out is None:
+            out = found.new_empty(*grouped.shape[:-1], found.shape[-1])
+        out[:, own] = found.unflatten(1, (len(own), -1))
+    held.evict()
+    assert out is not None
+    return out if out.ndim == 4 else out.flatten(1, 2)
+
+
+_nobody = nn.Identity()  # a module at which nothing is done
 
 
 def _combine(

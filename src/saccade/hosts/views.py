@@ -22,6 +22,7 @@ class View:
 
     ``mask`` counts the ``keys`` that are there, ``offset`` is the place of query 0 among them. ``first`` ``[B]`` is
     where each text begins, in the same count: positive after left padding, negative where a cache dropped keys.
+    ``text`` ``[B, tokens so far]`` is the padding as the model was given it.
     ``name`` says in a few words what all this is, if it depends on nothing else: then programs combined with it are
     kept.
     """
@@ -32,6 +33,8 @@ class View:
     padding: Tensor | None = None
     first: Tensor | None = None
     bias: Tensor | None = None
+    text: Tensor | None = None
+    positions: Tensor | None = None
     name: Any = None
 
     # What transformers asks of a mask that it made for a static cache and hands to the model as one of the user's.
@@ -59,7 +62,7 @@ class View:
         first = attention_mask.to(torch.int64).argmax(-1) - dropped
         padding = attention_mask[:, dropped : dropped + kv_length]
         padding = pad(padding, (0, kv_length - padding.shape[1]))
-        return View(mask, kv_length, offset, padding, first if bool(first.any()) else None)
+        return View(mask, kv_length, offset, padding, first if bool(first.any()) else None, text=attention_mask)
 
     @staticmethod
     def given(mask: Any, query: Tensor, key: Tensor, causal: bool) -> View:
@@ -75,9 +78,24 @@ class View:
         hidden = mask <= torch.finfo(mask.dtype).min / 2  # additive masks write -inf or the dtype's least number
         return View(Given(~hidden), m, m - n, bias=mask.masked_fill(hidden, 0))
 
+    def at(self, positions: Tensor, seen: int, new: int, narrowed: bool) -> View:
+        """The same for a cache that holds the tokens at logical ``positions`` ``[B, Hkv, M]`` (-1: none) of ``seen``.
+
+        The new queries are the last ``new`` tokens seen. ``narrowed``: a program's mask will ask for positions.
+        """
+        keys, offset = positions.shape[2], seen - new
+        if isinstance(self.mask, Causal) and not narrowed and bool((positions >= 0).all()):
+            # All that is held is past or new, so slots do as well as positions.
+            return View(self.mask, keys, keys - new, name=("held", keys, new))
+        first = None if self.text is None else self.text.to(torch.int64).argmax(-1)
+        return View(Placed(self.mask, positions), keys, offset, first=first, positions=positions)
+
     def narrow(self, mask: Mask) -> Mask:
         """The program's mask within the model's."""
-        parts = [] if isinstance(mask, Full) else [mask if self.first is None else Shifted(mask, self.first)]
+        if not isinstance(mask, Full):
+            mask = mask if self.first is None else Shifted(mask, self.first)
+            mask = mask if self.positions is None else Placed(mask, self.positions)
+        parts = [] if isinstance(mask, Full) else [mask]
         implied = isinstance(self.mask, Causal) and self.first is None and any(map(_is_causal, parts))
         if not implied and not (isinstance(self.mask, Full) and parts):
             parts.insert(0, self.mask)
@@ -117,6 +135,26 @@ def _recognise(function: Any) -> tuple[Any, Mask]:
             whole = join(whole, part)
         return (None if None in names else (join.__name__, names)), whole
     return None, Function(function)
+
+
+class Placed(Mask):
+    """A mask that is asked about logical ``positions`` ``[B, Hkv, M]`` of the keys; -1: there is no key."""
+
+    def __init__(self, inner: Mask, positions: Tensor):
+        super().__init__()
+        self.inner: Mask = inner
+        self.positions: Tensor
+        self.hold("positions", positions)
+
+    def visible(self, at: At) -> Tensor:
+        """As the inner mask sees the keys at their positions."""
+        rep = at.heads // self.positions.shape[1]
+        k = self.positions[at.b, at.h // rep, at.k]
+        return self.inner.visible(at.moved(at.q, k.clamp(min=0))) & (k >= 0)
+
+    def blocks(self, span: Span) -> Tensor:
+        """All must be looked at."""
+        return torch.ones(len(span.q_lo), span.k_lo.shape[1], dtype=torch.int8, device=span.q_lo.device)
 
 
 class Shifted(Mask):

@@ -1,0 +1,302 @@
+"""A transformers cache whose layers really hold fewer tokens, each head its own.
+
+The model's attention runs in the engine while the cache is open; after each layer's attention the policy scores what
+the layer holds, and what is over the budget is dropped then and there, so that a prefill never holds more than one
+whole layer. Logical positions stay right: every slot knows the position of its token, and masks are asked about those.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache as HostCache
+from transformers.cache_utils import DynamicLayer
+
+from ..core.errors import SpecError
+from ..hosts.handles import lead
+from ..hosts.transformers import HELD
+from .policies import All, Look, Policy
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+Budget = int | float | str | Sequence[int] | Callable[[int], Any]
+
+
+@dataclass
+class Segment:
+    """Key heads that hold equally many tokens: keys and values ``[B, h, M, D]``, positions and scores ``[B, h, M]``."""
+
+    heads: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor
+
+    def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch dimension to all that is held."""
+        for name in ("keys", "values", "positions", "scores"):
+            setattr(self, name, change(getattr(self, name)))
+
+    @property
+    def tokens(self) -> int:
+        """Slots of a head."""
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and what is known of each token."""
+        return sum(x.nbytes for x in (self.keys, self.values, self.positions, self.scores))
+
+
+class Layer(DynamicLayer):
+    """One layer of a :class:`Cache`."""
+
+    def __init__(self, owner: Cache, index: int):
+        super().__init__()
+        self.owner, self.index = owner, index
+        self.seen = 0
+        self.segments: list[Segment] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.owner.open:
+            raise SpecError("a saccade Cache runs inside `with Cache(model, ...) as cache:`; this one is not open")
+        batch, heads, new, width = key_states.shape
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            nothing = key_states.new_empty(batch, heads, 0, width)
+            index = torch.empty(batch, heads, 0, dtype=torch.int64, device=key_states.device)
+            self.segments = [
+                Segment(torch.arange(heads), nothing, value_states[:, :, :0], index, index.to(torch.float32))
+            ]
+        if sum(len(s.heads) for s in self.segments) != heads or self.segments[0].keys.shape[0] != batch:
+            raise SpecError(
+                f"layer {self.index} holds {sum(len(s.heads) for s in self.segments)} heads of a batch of"
+                f" {self.segments[0].keys.shape[0]}; got {heads} heads and a batch of {batch}: this cache is another"
+                " model's or another batch's, make a new one"
+            )
+        place = torch.arange(self.seen, self.seen + new, device=key_states.device)
+        for s in self.segments:
+            own = s.heads.to(key_states.device)
+            s.keys = torch.cat([s.keys, key_states[:, own]], 2)
+            s.values = torch.cat([s.values, value_states[:, own]], 2)
+            s.positions = torch.cat([s.positions, place.expand(batch, len(own), new)], 2)
+            s.scores = torch.nn.functional.pad(s.scores, (0, new))
+        self.seen += new
+        if len(self.segments) == 1:
+            keys, values = self.segments[0].keys, self.segments[0].values
+        else:
+            # Heads of unequal length make no tensor: these have the shape and no memory, the host asks `segments`.
+            keys, values = (
+                x.new_zeros(()).expand(batch, heads, self.physical, x.shape[-1]) for x in (key_states, value_states)
+            )
+        setattr(keys, HELD, self)
+        return keys, values
+
+    @property
+    def physical(self) -> int:
+        """Slots of the longest head."""
+        return max((s.tokens for s in self.segments), default=0)
+
+    def hide(self, padding: Tensor) -> None:
+        """Forget that there are tokens where ``padding`` ``[B, seen]`` is false."""
+        for s in self.segments:
+            there = padding.bool()[:, None].expand(-1, len(s.heads), -1).gather(2, s.positions.clamp(min=0))
+            s.positions = s.positions.masked_fill(~there, -1)
+
+    def settle(self, segment: Segment, new: int, told: dict[str, Any]) -> None:
+        """Score what a segment holds, after its attention ran."""
+        look = Look(told, segment.keys, segment.values, segment.positions, segment.scores, new, self.seen, self.index)
+        scores = self.owner.policy.score(look)
+        name = type(self.owner.policy).__name__
+        if scores.shape != segment.positions.shape:
+            raise SpecError(f"{name} must score [B, Hkv, M] = {tuple(segment.positions.shape)}; got {scores.shape}")
+        if bool(scores.isnan().any()):
+            raise SpecError(f"{name} gave NaN for {int(scores.isnan().sum())} tokens of layer {self.index}")
+        segment.scores = scores.to(torch.float32).masked_fill(segment.positions < 0, -torch.inf)
+
+    def evict(self) -> None:
+        """Drop what is over the budget."""
+        budget = self.owner.tokens(self)
+        if self.physical <= budget + (self.owner.slack if self.seen > budget else 0):
+            return
+        if self.owner.policy.shared:
+            self._share(budget)
+            return
+        for s in self.segments:
+            if s.tokens > budget:
+                self._keep(s, s.scores.topk(budget, -1).indices.sort(-1).values)
+
+    def _share(self, budget: int) -> None:
+        """One budget for the heads of the layer: the best of all of them are kept, as many for every sample."""
+        whole = max(s.tokens for s in self.segments)
+        heads = sum(len(s.heads) for s in self.segments)
+        scores = torch.cat(
+            [torch.nn.functional.pad(s.scores, (0, whole - s.tokens), value=-torch.inf) for s in self.segments], 1
+        )
+        best = scores.flatten(1).topk(min(budget * heads, scores[0].numel()), -1).indices // whole
+        # Samples of a batch keep equally many of a head, so the most that one of them chose.
+        counts = torch.stack([(best == h).sum(-1).amax() for h in range(heads)]).clamp(min=1).tolist()
+        singles: dict[int, list[Segment]] = {}
+        row = 0
+        for s in self.segments:
+            for i, head in enumerate(s.heads.tolist()):
+                one = Segment(
+                    torch.tensor([head]), *(x[:, i : i + 1] for x in (s.keys, s.values, s.positions, s.scores))
+                )
+                count = min(counts[row], s.tokens)
+                self._keep(one, one.scores.topk(count, -1).indices.sort(-1).values)
+                singles.setdefault(count, []).append(one)
+                row += 1
+        self.segments = [
+            Segment(
+                torch.cat([o.heads for o in some]),
+                *(torch.cat([getattr(o, n) for o in some], 1) for n in ("keys", "values", "positions", "scores")),
+            )
+            for some in singles.values()
+        ]
+
+    @staticmethod
+    def _keep(s: Segment, kept: Tensor) -> None:
+        wide = kept[..., None]
+        s.keys = s.keys.gather(2, wide.expand(-1, -1, -1, s.keys.shape[-1]))
+        s.values = s.values.gather(2, wide.expand(-1, -1, -1, s.values.shape[-1]))
+        s.positions, s.scores = s.positions.gather(2, kept), s.scores.gather(2, kept)
+
+    # What transformers asks of a layer.
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.physical + query_length, self.seen - self.physical
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.seen -= abs(tokens_to_remove)
+        for s in self.segments:
+            stay = s.positions < self.seen
+            count = int(stay.sum(-1).max())
+            s.positions = s.positions.masked_fill(~stay, -1)
+            self._keep(s, s.positions.topk(count, -1).indices.sort(-1).values)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for s in self.segments:
+            s.over_batch(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for s in self.segments:
+            s.over_batch(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        for s in self.segments:
+            s.over_batch(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        for s in self.segments:
+            s.over_batch(lambda x: x.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self.segments, self.seen, self.is_initialized = [], 0, False
+
+
+class Cache(HostCache):
+    """A cache that holds at most ``budget`` tokens of every layer and key head.
+
+    Args:
+        model: an unmodified transformers causal LM.
+        policy: what is worth keeping; ``None`` keeps all.
+        budget: tokens per key head (int), a share of the tokens seen (float up to 1), bytes of the whole cache
+            (``"8MiB"``), one of these per layer (a sequence), or a function of the layer's number.
+        slack: tokens over the budget up to which nothing is dropped while decoding.
+
+    Raises:
+        SpecError: a budget below one token, a policy that is none, a model that has another cache.
+        Unsupported: this model cannot run programs.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy | None = None, budget: Budget | None = None, slack: int = 0):
+        config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        if policy is not None and not isinstance(policy, Policy):
+            raise SpecError(f"policy must be one of saccade.cache, such as SnapKV(); got {policy!r}")
+        if (policy is None) != (budget is None):
+            raise SpecError("a policy needs a budget, and a budget a policy: give both, or none to keep all")
+        self.model, self.policy, self.budget, self.slack = model, policy or All(), budget, slack
+        self.open = False
+        self.held = [Layer(self, i) for i in range(config.num_hidden_layers)]
+        super().__init__(layers=list(self.held))
+        for layer in self.held:
+            self._check(self._asked(layer.index))
+
+    def _asked(self, layer: int) -> Any:
+        budget = self.budget
+        if callable(budget):
+            return budget(layer)
+        if isinstance(budget, Sequence) and not isinstance(budget, str):
+            if len(budget) != len(self.layers):
+                raise SpecError(f"budget: expected one for each of {len(self.layers)} layers; got {len(budget)}")
+            return budget[layer]
+        return budget
+
+    @staticmethod
+    def _check(budget: Any) -> None:
+        if budget is None:
+            return
+        bad = isinstance(budget, bool) or not isinstance(budget, (int, float, str))
+        if isinstance(budget, str):
+            bad = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b", budget.strip().lower()) is None
+        elif isinstance(budget, float):
+            bad = not 0 < budget <= 1
+        elif isinstance(budget, int) and not bad:
+            bad = budget < 1
+        if bad:
+            raise SpecError(
+                f"budget must be at least 1 token (int), a share above 0 and up to 1 (float), or bytes such as"
+                f" '8MiB'; got {budget!r}"
+            )
+
+    def tokens(self, layer: Layer) -> int:
+        """Tokens that each key head of a layer may hold now."""
+        budget = self._asked(layer.index)
+        if budget is None:
+            return layer.physical
+        if isinstance(budget, float):
+            return max(1, math.ceil(budget * layer.seen))
+        if isinstance(budget, int):
+            return budget
+        number, unit = re.fullmatch(r"([\d.]+)\s*(\w*?)b", budget.strip().lower()).groups()  # type: ignore[union-attr]
+        held = layer.segments[0]
+        token = held.nbytes / max(1, held.tokens * len(held.heads)) * sum(len(s.heads) for s in layer.segments)
+        found = int(float(number) * UNITS[unit] / len(self.layers) / token)
+        if found < 1:
+            raise SpecError(f"budget={budget!r} is less than one token of each of {len(self.layers)} layers")
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(s.nbytes for layer in self.held for s in layer.segments)
+
+    def kept(self) -> list[list[int]]:
+        """Tokens held by layer and key head (slots of the batch's longest sample)."""
+        found = []
+        for layer in self.held:
+            of = {h: s.tokens for s in layer.segments for h in s.heads.tolist()}
+            found.append([of[h] for h in sorted(of)])
+        return found
+
+    def __enter__(self) -> Cache:
+        self.handle = lead(self.model)
+        self.open = True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.open = False
+        self.handle.remove()
