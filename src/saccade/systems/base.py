@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import nn
 
 from ..core.spec import Attention
+
+if TYPE_CHECKING:  # the cache needs transformers, and a system of another kind does not
+    from ..cache.policies import Policy
 
 Verdict = Literal["holds", "does not hold", "not measured"]
 
@@ -107,3 +113,23 @@ class System:
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={getattr(self, name, '?')!r}" for name in self.settings())
         return f"{type(self).__name__}({shown})"
+
+
+class CacheSystem(System):
+    """A system that decides what a cache keeps: subclasses define :meth:`policy`, not :meth:`build`."""
+
+    promises = Promises(training_free=True, needs_training=False)
+
+    def policy(self) -> Policy:
+        """The policy of a :class:`saccade.cache.Cache`, with these settings."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what is kept: define policy(self)")
+
+
+class MethodSystem(System):
+    """A system that is done to a model of a host library: subclasses define :meth:`apply`, not :meth:`build`."""
+
+    promises = Promises(training_free=True, needs_training=False)
+
+    def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Make an unmodified model work this way until the context is left; then it is as it was."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it does: define apply(self, model)")
