@@ -8,99 +8,17 @@ import families
 from families import DECODERS, make
 from saccade import Attention, SpecError, edit, edits, install, masks, watch
 from saccade import stats as st
-from saccade.cache import H2O, Cache, KeyNorm, Policy, Recent, SnapKV
+from saccade.cache import H2O, Cache, KeyNorm, Policy, Recent
+from saccade.study.hosted_laws import MaskedModel, walk
+from saccade.systems.cache.snapkv import SnapKV
 
 POLICIES = {
-    "recent": lambda: Recent(2), "norm": KeyNorm, "h2o": lambda: H2O(3), "snapkv": lambda: SnapKV(4, 3),
+    "recent": lambda: Recent(2), "norm": KeyNorm, "h2o": lambda: H2O(3), "snapkv": lambda: SnapKV(4, 3).policy(),
 }  # fmt: skip
 
 
 def close(a, b):
     assert (a - b).abs().max() < 1e-4 * b.abs().max(), (a - b).abs().max()
-
-
-class Masked:
-    """The judge: a cache that keeps every token, and eager attention that hides those the other cache dropped.
-
-    ``plan[step][layer]``: positions held before the step, by sample and key head.
-    """
-
-    def __init__(self, model, plan):
-        self.model, self.plan, self.step = model, plan, 0
-
-    def logits(self, pieces, padding=None):
-        cache = tf.DynamicCache()  # one that keeps what a sliding layer would drop
-        found, done = [], 0
-        for step, piece in enumerate(pieces):
-            self.step, done = step, done + piece.shape[1]
-            keep = None if padding is None else padding[:, :done]
-            found.append(self.model(piece, past_key_values=cache, attention_mask=keep).logits)
-        return torch.cat(found, 1)
-
-    def attend(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        from transformers.models.llama.modeling_llama import repeat_kv
-
-        held = self.plan[self.step][module.layer_idx]
-        batch, heads, new = query.shape[:3]
-        total, key_heads = key.shape[2], key.shape[1]
-        rep = heads // key_heads
-        seen = torch.zeros(batch, key_heads, total, dtype=torch.bool)
-        for b in range(batch):
-            for h in range(key_heads):
-                seen[b, h, [p for p in held[b][h] if p >= 0]] = True
-        seen[:, :, total - new :] = True
-        seen = seen.repeat_interleave(rep, 1)[:, :, None] & torch.ones(new, total).tril(total - new).bool()
-        if attention_mask is not None:
-            seen = seen & (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)
-        score = query @ repeat_kv(key, rep).mT * scaling
-        if kwargs.get("softcap"):
-            score = torch.tanh(score / kwargs["softcap"]) * kwargs["softcap"]
-        score = score.masked_fill(~seen, -1e30)
-        if kwargs.get("s_aux") is not None:
-            sinks = kwargs["s_aux"].view(1, -1, 1, 1).expand(batch, -1, new, 1)
-            weights = torch.cat([score, sinks], -1).softmax(-1)[..., :-1]
-        else:
-            weights = score.softmax(-1)
-        weights = weights * seen
-        return (weights @ repeat_kv(value, rep)).transpose(1, 2).contiguous(), None
-
-    def __enter__(self):
-        tf.AttentionInterface.register("judge", self.attend)
-        tf.AttentionMaskInterface.register("judge", tf.masking_utils.eager_mask)
-        self.before = self.model.config._attn_implementation
-        self.model.set_attn_implementation("judge")
-        return self
-
-    def __exit__(self, *exc):
-        self.model.set_attn_implementation(self.before)
-        for registry in (tf.AttentionInterface, tf.AttentionMaskInterface):
-            registry._global_mapping.pop("judge")
-
-
-def holdings(cache, batch, heads):
-    """Positions held, by layer, sample and key head (of at most so many heads)."""
-    found = []
-    for layer in cache.held:
-        of = [[[] for _ in range(heads)] for _ in range(batch)]
-        for s in layer.segments:
-            for i, head in enumerate(s.heads.tolist()):
-                for b in range(batch):
-                    of[b][head] = s.positions[b, i].tolist()
-        found.append(of)
-    return found
-
-
-@torch.no_grad()
-def run(model, cache, pieces, padding=None):
-    """Logits step by step, and what each layer held before each step."""
-    plan, found, done = [], [], 0
-    with cache:
-        for piece in pieces:
-            plan.append(holdings(cache, len(piece), model.config.num_attention_heads))
-            done += piece.shape[1]
-            keep = None if padding is None else padding[:, :done]
-            found.append(model(piece, past_key_values=cache, attention_mask=keep).logits)
-    return torch.cat(found, 1), plan
 
 
 def steps(ids):
@@ -116,12 +34,11 @@ def test_a_policy_equals_the_model_with_the_dropped_tokens_masked_out(family, po
     chosen = POLICIES[policy]()
     chosen.shared = shared
     cache = Cache(model, chosen, budget=6)
-    found, plan = run(model, cache, steps(ids))
+    found, plan = walk(model, cache, steps(ids))
     assert max(map(max, cache.kept())) < families.LENGTH
-    if not shared:
+    if not shared and chosen.while_decoding:
         assert all(n == 6 for layer in cache.kept() for n in layer)
-    with Masked(model, plan) as judge:
-        close(found, judge.logits(steps(ids)))
+    close(found, MaskedModel(model, plan).logits(steps(ids)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -131,9 +48,8 @@ def test_padded_batches_hold_no_padding(side):
     padding = torch.ones_like(ids)
     padding[0, slice(0, 5) if side == "left" else slice(9, 14)] = 0
     cache = Cache(model, H2O(2), budget=8)
-    found, plan = run(model, cache, steps(ids), padding)
-    with Masked(model, plan) as judge:
-        wanted = judge.logits(steps(ids), padding)
+    found, plan = walk(model, cache, steps(ids), padding)
+    wanted = MaskedModel(model, plan).logits(steps(ids), padding)
     close(found[padding.bool()], wanted[padding.bool()])
     for layer in cache.held:
         for s in layer.segments:
@@ -145,7 +61,7 @@ def test_padded_batches_hold_no_padding(side):
 def test_without_a_policy_nothing_changes(family):
     model, ids = make(family), families.tokens()
     wanted = model(ids, use_cache=False).logits
-    found, _ = run(model, Cache(model), steps(ids))
+    found, _ = walk(model, Cache(model), steps(ids))
     close(found, wanted)
 
 
@@ -155,9 +71,9 @@ def test_sliding_windows_count_logical_positions():
     cache = Cache(model, Recent(0), budget=8)  # the sliding layer sees 6: nothing that it would see is dropped
     whole = Cache(model, Recent(0), budget=lambda layer: 8 if layer == 0 else 99)
     wanted = model(ids, use_cache=False).logits
-    close(run(model, whole, steps(ids))[0], wanted)
+    close(walk(model, whole, steps(ids))[0], wanted)
     with pytest.raises(AssertionError):
-        close(run(model, cache, steps(ids))[0], wanted)
+        close(walk(model, cache, steps(ids))[0], wanted)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}], ids=str)

@@ -111,7 +111,7 @@ def _refuse(name: str) -> None:
 def _defined(module: ModuleType) -> list[type[System]]:
     """The systems a module itself defines; a leading underscore hides a shared base."""
     classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, System)]
-    return [c for c in classes if c.__module__ == module.__name__ and c is not System and c.__name__[0] != "_"]
+    return [c for c in classes if c.__module__ == module.__name__ != System.__module__ and c.__name__[0] != "_"]
 
 
 def _file(thing: type | ModuleType) -> str:

@@ -37,6 +37,7 @@ class Segment:
     values: Tensor
     positions: Tensor
     scores: Tensor
+    worth: Tensor | None = None  # scores with what stays at the top, from a call's attention to the end of the call
 
     def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension to all that is held."""
@@ -118,10 +119,14 @@ class Layer(DynamicLayer):
             raise SpecError(f"{name} must score [B, Hkv, M] = {tuple(segment.positions.shape)}; got {scores.shape}")
         if bool(scores.isnan().any()):
             raise SpecError(f"{name} gave NaN for {int(scores.isnan().sum())} tokens of layer {self.index}")
-        segment.scores = scores.to(torch.float32).masked_fill(segment.positions < 0, -torch.inf)
+        stays = self.owner.policy.stays(look)
+        worth = scores if stays is None else scores.masked_fill(stays, torch.inf)
+        segment.scores, segment.worth = scores.float(), worth.float().masked_fill(segment.positions < 0, -torch.inf)
 
-    def evict(self) -> None:
-        """Drop what is over the budget."""
+    def evict(self, new: int) -> None:
+        """Drop what is over the budget, after ``new`` tokens came."""
+        if new == 1 and not self.owner.policy.while_decoding:
+            return
         budget = self.owner.tokens(self)
         if self.physical <= budget + (self.owner.slack if self.seen > budget else 0):
             return
@@ -130,14 +135,14 @@ class Layer(DynamicLayer):
             return
         for s in self.segments:
             if s.tokens > budget:
-                self._keep(s, s.scores.topk(budget, -1).indices.sort(-1).values)
+                self._keep(s, _best(s, budget))
 
     def _share(self, budget: int) -> None:
         """One budget for the heads of the layer: the best of all of them are kept, as many for every sample."""
         whole = max(s.tokens for s in self.segments)
         heads = sum(len(s.heads) for s in self.segments)
         scores = torch.cat(
-            [torch.nn.functional.pad(s.scores, (0, whole - s.tokens), value=-torch.inf) for s in self.segments], 1
+            [torch.nn.functional.pad(_worth(s), (0, whole - s.tokens), value=-torch.inf) for s in self.segments], 1
         )
         best = scores.flatten(1).topk(min(budget * heads, scores[0].numel()), -1).indices // whole
         # Samples of a batch keep equally many of a head, so the most that one of them chose.
@@ -146,11 +151,10 @@ class Layer(DynamicLayer):
         row = 0
         for s in self.segments:
             for i, head in enumerate(s.heads.tolist()):
-                one = Segment(
-                    torch.tensor([head]), *(x[:, i : i + 1] for x in (s.keys, s.values, s.positions, s.scores))
-                )
+                parts = (s.keys, s.values, s.positions, s.scores, _worth(s))
+                one = Segment(torch.tensor([head]), *(x[:, i : i + 1] for x in parts))
                 count = min(counts[row], s.tokens)
-                self._keep(one, one.scores.topk(count, -1).indices.sort(-1).values)
+                self._keep(one, _best(one, count))
                 singles.setdefault(count, []).append(one)
                 row += 1
         self.segments = [
@@ -166,7 +170,7 @@ class Layer(DynamicLayer):
         wide = kept[..., None]
         s.keys = s.keys.gather(2, wide.expand(-1, -1, -1, s.keys.shape[-1]))
         s.values = s.values.gather(2, wide.expand(-1, -1, -1, s.values.shape[-1]))
-        s.positions, s.scores = s.positions.gather(2, kept), s.scores.gather(2, kept)
+        s.positions, s.scores, s.worth = s.positions.gather(2, kept), s.scores.gather(2, kept), None
 
     # What transformers asks of a layer.
 
@@ -205,6 +209,15 @@ class Layer(DynamicLayer):
 
     def reset(self) -> None:
         self.segments, self.seen, self.is_initialized = [], 0, False
+
+
+def _worth(s: Segment) -> Tensor:
+    return s.scores if s.worth is None else s.worth
+
+
+def _best(s: Segment, count: int) -> Tensor:
+    """The slots of greatest worth in their order, ``[B, h, count]``."""
+    return _worth(s).topk(count, -1).indices.sort(-1).values
 
 
 class Cache(HostCache):

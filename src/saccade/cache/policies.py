@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import SpecError
-from ..core.stats import KeyMass, Rows, Stat
+from ..core.stats import KeyMass, Stat
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,10 @@ class Look:
     total: int
     layer: int
 
+    def last(self, count: int) -> Tensor:
+        """Which tokens are among the last ``count`` seen: bool ``[B, Hkv, M]``."""
+        return self.positions >= self.total - count
+
     def by_key_head(self, x: Tensor) -> Tensor:
         """Sum over the query heads that share a key head: ``[B, H, ...]`` to ``[B, Hkv, ...]``."""
         return x.unflatten(1, (self.keys.shape[1], -1)).sum(2)
@@ -46,6 +47,7 @@ class Policy:
     """Base of all policies: :meth:`score`, and what it wants to see."""
 
     shared = False  # do the heads of a layer compete for one budget?
+    while_decoding = True  # are tokens dropped after single steps too, or only after the prompt and its chunks?
 
     def stats(self, queries: int) -> Sequence[Stat]:
         """What the engine should look at in a call with this many queries."""
@@ -54,6 +56,10 @@ class Policy:
     def score(self, look: Look) -> Tensor:
         """The worth of each held token, ``[B, Hkv, M]``: of a head's tokens the greatest are kept."""
         raise NotImplementedError
+
+    def stays(self, look: Look) -> Tensor | None:
+        """Tokens that are kept whatever they score: bool ``[B, Hkv, M]``."""
+        return None
 
 
 class All(Policy):
@@ -74,8 +80,10 @@ class Recent(Policy):
         self.sinks = sinks
 
     def score(self, look: Look) -> Tensor:
-        position = look.positions.to(look.scores.dtype)
-        return torch.where(position < self.sinks, torch.inf, position)
+        return look.positions.to(look.scores.dtype)
+
+    def stays(self, look: Look) -> Tensor:
+        return look.positions < self.sinks
 
 
 class KeyNorm(Policy):
@@ -95,37 +103,7 @@ class H2O(Policy):
         return (KeyMass(),)
 
     def score(self, look: Look) -> Tensor:
-        mass = look.scores.masked_fill(look.scores.isinf(), 0) + look.by_key_head(look.seen["key_mass"])
-        return torch.where(look.positions >= look.total - self.recent, torch.inf, mass)
+        return look.scores + look.by_key_head(look.seen["key_mass"])
 
-
-class SnapKV(Policy):
-    """What the last ``window`` queries of the prompt look at, pooled over neighbours (arXiv:2404.14469).
-
-    The window itself always stays. Scores are made once, by the last chunk of several tokens; tokens that are
-    generated later stay.
-
-    Args:
-        window: queries that vote.
-        kernel: width of the pooling, odd.
-        pooling: "avg" or "max".
-    """
-
-    def __init__(self, window: int = 32, kernel: int = 5, pooling: str = "avg"):
-        if pooling not in ("avg", "max") or kernel % 2 == 0 or window < 1:
-            raise SpecError(
-                f"SnapKV: expected window >= 1, an odd kernel and pooling avg or max; got window={window},"
-                f" kernel={kernel}, pooling={pooling!r}"
-            )
-        self.window, self.kernel, self.pooling = window, kernel, pooling
-
-    def stats(self, queries: int) -> Sequence[Stat]:
-        return (Rows(range(-min(self.window, queries), 0)),) if queries > 1 else ()
-
-    def score(self, look: Look) -> Tensor:
-        if look.new == 1:
-            return torch.where(look.positions == look.total - 1, torch.inf, look.scores)
-        votes = look.by_key_head(look.seen["rows"].sum(2))
-        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        pooled = pool(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        return torch.where(look.positions >= look.total - self.window, torch.inf, pooled)
+    def stays(self, look: Look) -> Tensor:
+        return look.last(self.recent)

@@ -215,7 +215,7 @@ def _attend_held(
         if out is None:
             out = found.new_empty(*grouped.shape[:-1], found.shape[-1])
         out[:, own] = found.unflatten(1, (len(own), -1))
-    held.evict()
+    held.evict(new)
     assert out is not None
     return out if out.ndim == 4 else out.flatten(1, 2)
 

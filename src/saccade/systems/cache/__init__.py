@@ -1,0 +1,1 @@
+"""Systems that decide what a cache keeps."""
