@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 import saccade
 from saccade import Attention, SpecError, Unsupported, edits, masks, stats
 from saccade.hosts.acts import Frame, inside, run
+from saccade.hosts.handles import listen
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(nested|mismatched)")  # torch's, of its own ways
 WIDTH, HEADS, B, N, M = 32, 4, 3, 10, 14
@@ -112,8 +114,11 @@ def test_programs_are_torchs_masks_counted_from_the_first_token():
     attention, x = multihead(batch_first=True), data(B, N, WIDTH)
     far = (torch.arange(N)[:, None] - torch.arange(N)).abs() >= 3
     wanted = attention(x, x, x, attn_mask=far | FUTURE)[0]
-    with saccade.install(attention, Attention(mask=masks.Window(3))):
+    names = []
+    heard = listen(attention, lambda call: names.append(call.frame.name))
+    with heard, saccade.install(attention, Attention(mask=masks.Window(3))):
         close(attention(x, x, x, attn_mask=FUTURE)[0], wanted)
+    assert names == [("causal", None)]  # known by its looks, so that it costs no memory
     left = (torch.arange(N) < 4).expand(B, N)
     with saccade.install(attention, Attention(mask=masks.Blocks(3))):
         close(attention(x, x, x, key_padding_mask=left)[0][:, 4:], attention(x[:, 4:], x[:, 4:], x[:, 4:])[0])
@@ -182,8 +187,11 @@ def test_handles_nest_and_leave_nothing():
     second = saccade.edit(model.layers[1], edits.Zero(keys=0))
     third = saccade.watch(model, stats.KeyMass())
     assert not torch.allclose(model(x), causal, atol=1e-3) and not torch.allclose(wanted, causal, atol=1e-3)
+    twin = copy.deepcopy(model)
+    close(twin(x), model(x))
     second.remove()
     close(model(x), causal)
+    assert not torch.allclose(twin(x), causal, atol=1e-3)  # a copy has what was done to it, and keeps it
     first.remove()
     close(model(x), wanted)
     assert state(model) != before
@@ -226,7 +234,8 @@ def test_an_own_module(frame, bias):
         allowed = bias.masked_fill(hidden, -torch.inf).expand(B, HEADS, N, N)
         wanted = nn.functional.scaled_dot_product_attention(q, k, v, allowed, scale=scale)
         close(found, wanted.transpose(1, 2).flatten(2))
-        close(model["b"](x), found)  # the last program is the identity
+    close(model["b"](x), found)  # the last program was the identity
+    close(pickle.loads(pickle.dumps(model))["b"](x), found)
     assert [(s.path, s.layer, s.heads, s.kinds) for s in handle.sites] == [("b", 1, HEADS, {"self", "text"})]
 
 
@@ -235,6 +244,14 @@ def test_what_is_not_there_is_refused_with_what_there_is():
         saccade.install(nn.TransformerDecoderLayer(WIDTH, HEADS, 48), Attention(), kind="vision")
     with pytest.raises(Unsupported, match=r"Linear has no attention.*MultiheadAttention.*saccade_heads"):
         saccade.install(nn.Linear(2, 2), Attention())
+    part = type("PreTrainedModel", (nn.Module,), {})()  # as transformers calls its models' base
+    with pytest.raises(Unsupported, match=r"holds a model of transformers.*ModuleDict\.body"):
+        saccade.install(nn.ModuleDict({"body": part}), Attention())
+    for broken in ({"saccade_heads": "4"}, {"saccade_heads": 4, "saccade_kind": "both"}):
+        own = nn.Identity()
+        vars(own).update(broken)
+        with pytest.raises(SpecError, match=f"{list(broken)[-1]} must be"):
+            saccade.install(own, Attention())
     x = data(N, B, WIDTH)
     for name in ("add_bias_kv", "add_zero_attn"):
         odd = nn.MultiheadAttention(WIDTH, HEADS, **{name: True})

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saccade import SpecError, masks
+from saccade.cache import Cache
 from saccade.study import measure, programs, report, runner, tasks
-from saccade.study.runner import Settings, Study
+from saccade.study.runner import Settings, Study, summarise
 
 SETTINGS = Settings(
     systems=("window", "uniform"), tasks=("text", "recall"), lengths=(64, 128), count=2, repeats=2, steps=2
@@ -206,7 +207,28 @@ def test_scoring_asks_for_every_token_of_an_answer(model):
     assert tasks.score(Parrot(7), prose)["bits"] == pytest.approx(torch.tensor(260.0).log2().item(), abs=1e-3)
 
 
-def test_the_baselines_are_at_least_eight_and_need_no_training(model):
-    assert len(programs.BASELINES) >= 8 and set(programs.DEFAULT) <= set(programs.BASELINES)
+def test_the_plain_ones_are_at_least_eight_and_need_no_training(model):
+    assert len(programs.BASELINES) >= 8 and set(programs.DEFAULT) <= set(programs.names())
     assert len({programs.find(n).settings(2) for n in programs.BASELINES}) == len(programs.BASELINES)
     assert [e.name for e in programs.resolve(["topk", "dense", "topk"])] == ["dense", "topk"]
+
+
+def test_caches_are_measured_by_what_they_hold(model, tmp_path):
+    wanted = Settings(**{**vars(SETTINGS), "systems": ("recent-cache", "snapkv"), "lengths": (128,)})
+    job = Study(wanted, tmp_path, model)
+    rows = {row["system"]: row for row in summarise(job.run())}
+    assert set(rows) == {"dense", "recent-cache", "snapkv"}
+    for name in ("recent-cache", "snapkv"):
+        # Positions and scores are counted too: 12 bytes beside the 128 of a token's key and value.
+        assert rows[name]["cache_ratio"] == pytest.approx(0.125 * (128 + 12) / 128, rel=0.01)
+        assert rows[name]["output_error"] is None and rows[name]["decode_ratio"]["median"] > 0
+        assert rows[name]["bits_per_byte"] != rows["dense"]["bits_per_byte"]
+
+
+@torch.no_grad()
+def test_scoring_with_a_cache_that_drops_nothing_gives_the_same(model):
+    for task in ("text", "recall"):
+        (sample,) = tasks.Bytes().samples(task, 101, 0, 1)
+        with Cache(model) as cache:
+            found = tasks.score(model, sample, cache)
+        assert found == pytest.approx(tasks.score(model, sample), rel=1e-5)

@@ -7,6 +7,7 @@ whole layer. Logical positions stay right: every slot knows the position of its 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -304,6 +305,15 @@ class Cache(HostCache):
             of = {h: s.tokens for s in layer.segments for h in s.heads.tolist()}
             found.append([of[h] for h in sorted(of)])
         return found
+
+    def __deepcopy__(self, memo: Any) -> Cache:
+        """What is held is copied, the model and the policy are not."""
+        policy = None if self.budget is None else self.policy
+        twin = Cache(self.model, policy, self.budget, self.slack)
+        twin.open = self.open
+        for mine, own in zip(twin.held, self.held, strict=True):
+            mine.__dict__ |= {k: copy.deepcopy(v, memo) for k, v in vars(own).items() if k != "owner"}
+        return twin
 
     def __enter__(self) -> Cache:
         self.handle = lead(self.model)

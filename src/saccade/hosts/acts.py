@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from ..core.attend import attention
 from ..core.edits import Dropout, Edit, OnHeads
-from ..core.errors import SpecError
+from ..core.errors import SpecError, Unsupported
 from ..core.masks import Full, as_mask
-from ..core.scores import Bias, Dot
+from ..core.normalizers import Softmax
+from ..core.scores import Bias, Dot, SoftCap
 from ..core.spec import Attention
 from ..core.stats import Stat
 from .views import View
@@ -44,6 +46,10 @@ class Site:
         return f"{self.path} (layer {self.layer}, {' '.join(sorted(self.kinds))}, {self.heads} heads)"
 
 
+def _as_it_is(program: Attention) -> Attention:
+    return program
+
+
 @dataclass(frozen=True)
 class Frame:
     """A model's own attention at one call, into which programs are put.
@@ -55,35 +61,48 @@ class Frame:
         name: tells frames apart whose ``combine`` differs; ``None``: this one is like no other.
     """
 
-    combine: Callable[[Attention], Attention] = lambda program: program
+    combine: Callable[[Attention], Attention] = _as_it_is
     offset: int = 0
     name: Any = None
 
 
 def inside(
-    allowed: Any = None, *, scale: float | None = None, biases: Sequence[Tensor] = (), dropout: float = 0.0
-) -> Callable[[Attention], Attention]:
-    """What puts a program inside a model's own attention, for :class:`Frame`.
+    allowed: Any = None, *, scale: float | None = None, biases: Sequence[Tensor] = (), dropout: float = 0.0,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Callable[[Attention], Attention]:  # fmt: skip
+    """What puts a program inside a model's own mask, scale, soft cap, biases, sink logits and dropout.
 
     Args:
         allowed: what the model lets its queries see: a mask as :class:`saccade.Attention` takes it, or a ``View``.
-        scale: factor of the dot product; ``D ** -0.5`` if not given.
-        biases: added to the scores, each broadcasting to ``[B, H, N, M]``.
-        dropout: share of the weights to drop; its seed is drawn from torch's generator here, once.
+        scale: of the model's dot product, unless the program has one.
+        biases: tensors that broadcast to ``[B, H, N, M]``, added to the scores before the program's own score parts.
+        dropout: probability; drawn from torch's generator, so that gradient checkpointing drops the same again.
+        softcap: of the model's scores.
+        sinks: logits ``[H]`` that take mass and have no value.
     """
     view = allowed if isinstance(allowed, View) else View(as_mask(allowed), 0, 0)
+    own = ([SoftCap(softcap)] if softcap is not None else []) + [Bias(b) for b in biases]
     dropped = [Dropout(dropout, seed=int(torch.randint(2**31, ())))] if dropout else []
+    return functools.partial(_inside, view, scale, own, sinks, dropped)  # unlike a closure, it can be pickled
 
-    def combine(program: Attention) -> Attention:
-        form = program.form
-        if scale is not None and type(form) is Dot and form.factor is None:
-            form = Dot(scale)
-        return Attention(
-            score=[form, *map(Bias, biases), *program.modifiers], mask=view.narrow(program.mask),
-            normalizer=program.normalizer, edits=[*program.changes, *dropped], select=program.select,
-        )  # fmt: skip
 
-    return combine
+def _inside(
+    view: View, scale: float | None, own: Sequence[Any], sinks: Tensor | None, dropped: Sequence[Edit],
+    program: Attention,
+) -> Attention:  # fmt: skip
+    form, normalizer = program.form, program.normalizer
+    if scale is not None and type(form) is Dot and form.factor is None:
+        form = Dot(scale)
+    if sinks is not None:
+        if type(normalizer) is not Softmax or normalizer.sink is not None:
+            raise Unsupported(
+                f"the model's softmax has sink logits, and {type(normalizer).__name__} would take their place"
+            )
+        normalizer = Softmax(sink=sinks)
+    return Attention(
+        score=[form, *own, *program.modifiers], mask=view.narrow(program.mask), normalizer=normalizer,
+        edits=[*program.changes, *dropped], select=program.select,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,17 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.attend import attention
-from ..core.edits import Dropout
 from ..core.errors import SpecError, Unsupported
-from ..core.normalizers import Softmax
-from ..core.scores import Bias, Dot, SoftCap
 from ..core.spec import Attention
 from . import acts
-from .acts import Call, Frame, Looker, Program, Site
+from .acts import Call, Frame, Looker, Program, Site, inside
 from .handles import listen, resolve
 from .views import View
 
@@ -176,9 +172,8 @@ def _attend(
         position_bias = None
 
     def frame(view: View, sinks: Tensor | None = s_aux) -> Frame:
-        def combine(program: Attention) -> Attention:
-            return _combine(program, view, scaling, softcap, sinks, position_bias, dropout)
-
+        biases = [b for b in (view.bias, position_bias) if b is not None]
+        combine = inside(view, scale=scaling, biases=biases, dropout=dropout, softcap=softcap, sinks=sinks)
         like_no_other = view.name is None or position_bias is not None or dropout
         told = None if like_no_other else (view.name, scaling, softcap, None if sinks is None else id(sinks))
         return Frame(combine, view.offset, told)
@@ -221,34 +216,6 @@ def _attend_held(
 
 
 _nobody = nn.Identity()  # a module at which nothing is done
-
-
-def _combine(
-    program: Attention, view: View, scaling: float | None, softcap: float | None, sinks: Tensor | None,
-    bias: Tensor | None, dropout: float,
-) -> Attention:  # fmt: skip
-    """A program inside the model's own mask, scale, soft cap, bias, sink logits and dropout."""
-    form = program.form
-    if type(form) is Dot and form.factor is None:
-        form = Dot(scaling)
-    normalizer = program.normalizer
-    if sinks is not None:
-        if type(normalizer) is not Softmax or normalizer.sink is not None:
-            raise Unsupported(
-                f"the model's softmax has sink logits, and {type(normalizer).__name__} would take their place"
-            )
-        normalizer = Softmax(sink=sinks)
-    early = [SoftCap(softcap)] if softcap is not None else []
-    added = [Bias(b) for b in (view.bias, bias) if b is not None]
-    # Drawn from torch's generator, so that gradient checkpointing drops the same weights again.
-    dropped = [Dropout(dropout, seed=int(torch.randint(2**31, ())))] if dropout else []
-    return Attention(
-        score=[form, *early, *added, *program.modifiers],
-        mask=view.narrow(program.mask),
-        normalizer=normalizer,
-        edits=[*program.changes, *dropped],
-        select=program.select,
-    )
 
 
 @contextmanager

@@ -7,16 +7,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.spec import Attention
-from ..hosts.handles import install
+from ..hosts.acts import Program
 from ..hosts.transformers import output_errors
+
+Way = Callable[[Any], AbstractContextManager[Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,18 @@ def interleaved(
 
     Args:
         ways: context managers that can be entered again and again; entering and leaving is not timed.
-        work: called with the number of the way it is done in; what it returns is called, timed.
+        work: called with the number of the way it is done in; what it returns is called, timed, with what entering
+            the way gave.
         repeats: timed rounds; one round before them is not counted.
     """
     seconds: list[list[float]] = [[] for _ in ways]
     for turn in range(repeats + 1):
         for number, (way, kept) in enumerate(zip(ways, seconds, strict=True)):
             call = work(number)
-            with way:
+            with way as given:
                 _synchronize()
                 start = time.perf_counter()
-                call()
+                call(given)
                 _synchronize()
                 taken = time.perf_counter() - start
             if turn:
@@ -63,17 +66,17 @@ def interleaved(
 
 
 class _Running:
-    """``install`` as a context manager that can be entered again and again; without a program the model is as it is."""
+    """A way to run a model as a context manager that can be entered again and again; without one it is as it is."""
 
-    def __init__(self, model: Any, program: Any):
-        self.model, self.program = model, program
+    def __init__(self, model: Any, way: Way | None):
+        self.model, self.way = model, way
 
-    def __enter__(self) -> None:
-        self.handle = None if self.program is None else install(self.model, self.program)
+    def __enter__(self) -> Callable[[], Any]:
+        self.now = ExitStack()
+        return (lambda: None) if self.way is None else self.now.enter_context(self.way(self.model))
 
     def __exit__(self, *exc: object) -> None:
-        if self.handle is not None:
-            self.handle.remove()
+        self.now.close()
 
 
 def _synchronize() -> None:
@@ -130,13 +133,14 @@ def cache_bytes(cache: Any) -> int:
 
 @torch.no_grad()
 def speed(
-    model: Any, program: Callable[[int, int], Attention], tokens: Tensor, *, repeats: int, steps: int
+    model: Any, way: Way, tokens: Tensor, *, repeats: int, steps: int, program: Program | None = None
 ) -> dict[str, Any]:
-    """What a program costs in a model, against the model as it is, in the same minutes.
+    """What a way to run a model costs, against the model as it is, in the same minutes.
 
     Args:
         model: a transformers causal language model.
-        program: ``f(layer, heads)``.
+        way: enters the way and yields what makes a fresh cache for it (``None``: the model's own).
+        program: the way as a program, if it is one, for its output error.
         tokens: ``[1, N]``.
         repeats: timed rounds of each.
         steps: tokens decoded per round, on a cache that the prefill of ``tokens`` filled.
@@ -144,27 +148,28 @@ def speed(
     Returns:
         ``prefill_s`` and ``decode_s`` (per token), their ``_dense`` twins and ``_ratio`` (round by round), as
         :class:`Spread`; ``prefill_peak_bytes`` and ``cache_bytes`` with ``_dense`` twins; ``output_error``, the mean
-        over layers of ``|program - dense| / |dense|`` (Frobenius), and ``output_error_by_layer``.
+        over layers of ``|program - dense| / |dense|`` (Frobenius), and ``output_error_by_layer``, both ``None``
+        without a program.
     """
-    ways = [_Running(model, None), _Running(model, program)]
+    ways = [_Running(model, None), _Running(model, way)]
 
-    def prefill() -> Any:
-        return model(input_ids=tokens, use_cache=True)
+    def prefill(fresh: Callable[[], Any]) -> Any:
+        return model(input_ids=tokens, past_key_values=fresh(), use_cache=True)
 
     result: dict[str, Any] = {}
-    _told(result, "prefill", interleaved(ways, lambda _: prefill, repeats))
+    _told(result, "prefill", interleaved(ways, lambda number: lambda fresh: prefill(fresh), repeats))
 
     caches = []
-    for way, suffix in zip(ways, ("_dense", ""), strict=True):
-        with way:
-            caches.append(prefill().past_key_values)
+    for running, suffix in zip(ways, ("_dense", ""), strict=True):
+        with running as fresh:
+            caches.append(prefill(fresh).past_key_values)
             result[f"cache_bytes{suffix}"] = cache_bytes(caches[-1])
-            result[f"prefill_peak_bytes{suffix}"] = peak_bytes(prefill, tokens.device)
+            result[f"prefill_peak_bytes{suffix}"] = peak_bytes(partial(prefill, fresh), tokens.device)
 
-    def decode(number: int) -> Callable[[], None]:
+    def decode(number: int) -> Callable[[Any], None]:
         filled = copy.deepcopy(caches[number])
 
-        def steps_on() -> None:
+        def steps_on(_: Any) -> None:
             for _ in range(steps):
                 model(input_ids=tokens[:, -1:], past_key_values=filled, use_cache=True)
 
@@ -173,10 +178,12 @@ def speed(
     seconds = interleaved(ways, decode, repeats)
     _told(result, "decode", [[s / steps for s in one] for one in seconds])
 
-    with output_errors(model, program) as errors:
-        model(input_ids=tokens, use_cache=False)
-    result["output_error_by_layer"] = [errors[layer] for layer in sorted(errors)]
-    result["output_error"] = statistics.fmean(errors.values())
+    result["output_error_by_layer"] = result["output_error"] = None
+    if program is not None:
+        with output_errors(model, program) as errors:
+            model(input_ids=tokens, use_cache=False)
+        result["output_error_by_layer"] = [errors[layer] for layer in sorted(errors)]
+        result["output_error"] = statistics.fmean(errors.values())
     return result
 
 

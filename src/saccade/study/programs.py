@@ -1,8 +1,8 @@
-"""The programs a study can name: plain baselines, and every training-free system of the catalogue.
+"""What a study can name: plain programs and caches, and every training-free system of the catalogue.
 
-The baselines are not published systems: they are the simplest member of each way to look at less, and two controls
-(`random`, `uniform`) that a method must beat to mean anything. Inside a model its own causal mask is added to
-theirs, so they do not repeat it.
+The plain ones are the simplest member of each way to look at or to hold less, and two controls (`random`,
+`uniform`) that a method must beat to mean anything. Inside a model its own causal mask is added to theirs, so they
+do not repeat it.
 """
 
 from __future__ import annotations
@@ -11,29 +11,63 @@ import difflib
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cache import H2O, Cache, Policy, Recent
 from ..core import masks, normalizers, selectors
 from ..core.errors import SpecError
 from ..core.spec import Attention
+from ..hosts.handles import install, lead
+from ..systems.base import CacheSystem, MethodSystem
+
+HELD = 0.125  # share of the tokens that the caches of a study may hold
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A named program: ``build(heads)`` makes it, ``settings`` tells it from others of the same name."""
+    """A named way to run a model: a program (``build(heads)``), a cache's ``policy()`` or a ``method(model)``."""
 
     name: str
     title: str
-    build: Callable[[int], Attention]
     code: str  # hash of the source that defines it
+    build: Callable[[int], Attention] | None = None
+    policy: Callable[[], Policy] | None = None
+    method: Callable[[Any], AbstractContextManager[Any]] | None = None
+    chosen: str = ""
 
     def settings(self, heads: int) -> str:
-        """The program as text, with everything that was chosen."""
+        """As text, with everything that was chosen."""
+        if self.build is None:
+            return self.chosen
         return re.sub(r" at 0x[0-9a-f]+", "", repr(self.build(heads)))  # where an object lies is no setting
+
+    @contextmanager
+    def inside(self, model: Any) -> Iterator[Callable[[], Any]]:
+        """Let a model run this way; yields what makes a fresh cache for it (``None``: the model's own)."""
+        if self.build is not None:
+            build = self.build
+            with install(model, lambda layer, heads: build(heads)):
+                yield lambda: None
+        elif self.method is not None:
+            with self.method(model):
+                yield lambda: None
+        else:
+            assert self.policy is not None
+            policy = self.policy
+
+            def fresh() -> Cache:
+                cache = Cache(model, policy(), budget=HELD)
+                cache.open = True  # the handle around it is this one's
+                return cache
+
+            with lead(model):
+                yield fresh
 
 
 def scattered(h: Tensor, q: Tensor, k: Tensor, share: float = 0.125) -> Tensor:
@@ -82,7 +116,11 @@ BASELINES: dict[str, tuple[str, Callable[[], Attention]]] = {
     ),
     "uniform": ("the mean of all values, whatever the scores: a control", lambda: Attention(score=_level)),
 }
-DEFAULT = ("dense", "window", "window-sinks", "dilated", "blocks", "topk", "block-topk", "random")
+CACHES: dict[str, tuple[str, Callable[[], Policy]]] = {
+    "recent-cache": ("holds the last tokens and the first 4, an eighth of all", lambda: Recent(4)),
+    "h2o-cache": ("holds an eighth of all tokens, those that gathered most attention", lambda: H2O(32)),
+}
+DEFAULT = ("dense", "window", "window-sinks", "dilated", "blocks", "topk", "block-topk", "recent-cache", "snapkv")
 
 
 def names() -> list[str]:
@@ -90,7 +128,7 @@ def names() -> list[str]:
     from .. import catalog
 
     found = [slug for slug, system in catalog.systems().items() if system.promises.training_free]
-    return [*BASELINES, *sorted(set(found) - set(BASELINES))]
+    return [*BASELINES, *CACHES, *sorted(set(found) - set(BASELINES))]
 
 
 def find(name: str) -> Entry:
@@ -99,9 +137,13 @@ def find(name: str) -> Entry:
     Raises:
         SpecError: no such name (the nearest is suggested), or a system that has to be trained first.
     """
+    here = _hash(inspect.getsource(inspect.getmodule(find)))  # type: ignore[arg-type]
     if name in BASELINES:
         title, make = BASELINES[name]
-        return Entry(name, title, lambda heads: make(), _hash(inspect.getsource(inspect.getmodule(find))))  # type: ignore[arg-type]
+        return Entry(name, title, here, build=lambda heads: make())
+    if name in CACHES:
+        title, policy = CACHES[name]
+        return Entry(name, title, here, policy=policy, chosen=f"{policy().__dict__}, holds {HELD}")
     from .. import catalog
 
     system = catalog.systems().get(name)
@@ -113,7 +155,12 @@ def find(name: str) -> Entry:
         raise SpecError(f"system {name!r} has to be trained first, so it cannot be put into a finished model")
     module = inspect.getmodule(system)
     assert module is not None
-    return Entry(name, system.title, lambda heads: system().build(heads), _hash(inspect.getsource(module)))
+    code, one = _hash(inspect.getsource(module)), system()
+    if isinstance(one, CacheSystem):
+        return Entry(name, system.title, code, policy=one.policy, chosen=f"{one!r}, holds {HELD}")
+    if isinstance(one, MethodSystem):
+        return Entry(name, system.title, code, method=one.apply, chosen=repr(one))
+    return Entry(name, system.title, code, build=lambda heads: system().build(heads))
 
 
 def resolve(wanted: Sequence[str]) -> list[Entry]:

@@ -21,7 +21,6 @@ import torch
 
 from .. import __version__
 from ..core.errors import SpecError, Unsupported
-from ..hosts.handles import install
 from . import measure, models, programs, tasks
 
 SPEED = "speed"
@@ -96,7 +95,7 @@ class Study:
                     self.vocabulary.samples(task, length, self.settings.seed, 1)
         except ValueError as error:  # a world that has no room says what it needs
             raise SpecError(str(error)) from error
-        with install(self.model, programs.find("dense").build(self.heads)):
+        with programs.find("dense").inside(self.model):
             pass  # a model that cannot run programs says so now
 
     @property
@@ -164,19 +163,18 @@ class Study:
         return models.fingerprint(self.model)
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
-        def program(layer: int, heads: int) -> Any:
-            return cell.entry.build(heads)
-
+        build = cell.entry.build
         try:
             if cell.task == SPEED:
                 (sample,) = self.vocabulary.samples(tasks.TEXT, cell.length, self.settings.seed, 1)
                 tokens = sample.tokens[None].to(self.model.device)
                 return measure.speed(
-                    self.model, program, tokens, repeats=self.settings.repeats, steps=self.settings.steps
-                )
-            with install(self.model, program):
+                    self.model, cell.entry.inside, tokens, repeats=self.settings.repeats, steps=self.settings.steps,
+                    program=None if build is None else lambda layer, heads: build(heads),
+                )  # fmt: skip
+            with cell.entry.inside(self.model) as fresh:
                 samples = self.vocabulary.samples(cell.task, cell.length, self.settings.seed, self.settings.count)
-                return summed([tasks.score(self.model, sample) for sample in samples])
+                return summed([tasks.score(self.model, sample, fresh()) for sample in samples])
         except (SpecError, Unsupported) as error:
             return {"refused": str(error)}
 
@@ -193,7 +191,13 @@ def summed(scores: Sequence[dict[str, float]]) -> dict[str, Any]:
 def engine() -> str:
     """A hash of the sources that compute and measure; taken once, as they were when this process began to run them."""
     here = Path(__file__).parent
-    files = [*here.parent.glob("core/*.py"), *here.parent.glob("hosts/*.py"), here / "measure.py", here / "tasks.py"]
+    files = [
+        *here.parent.glob("core/*.py"),
+        *here.parent.glob("hosts/*.py"),
+        *here.parent.glob("cache/*.py"),
+        here / "measure.py",
+        here / "tasks.py",
+    ]
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:12]
 
 

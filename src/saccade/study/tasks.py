@@ -128,11 +128,23 @@ def _examples(task: str, length: int, seed: int) -> Iterator[Example]:
     return make(length, seed)
 
 
+PIECES = 8  # that prose is read in where a cache drops tokens
+
+
 @torch.no_grad()
-def score(model: Any, sample: Sample) -> dict[str, float]:
-    """One sample: ``right`` and ``asked`` answers, or (prose) ``bits`` and ``bytes``."""
+def score(model: Any, sample: Sample, cache: Any = None) -> dict[str, float]:
+    """One sample: ``right`` and ``asked`` answers, or (prose) ``bits`` and ``bytes``.
+
+    With a cache (which drops tokens after a call) the page up to the first answer is the prompt and the rest comes on
+    top of what is held; prose is read in eight pieces.
+    """
     tokens = sample.tokens[None].to(model.device)
-    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    if cache is None:
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    else:
+        first = min((start for start, _ in sample.answers), default=0)
+        parts = [tokens[:, :first], tokens[:, first:]] if first else tokens.tensor_split(PIECES, 1)
+        logits = torch.cat([model(input_ids=p, past_key_values=cache).logits[0] for p in parts])[:-1]
     if not sample.answers:
         nats = F.cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")
         return {"bits": float(nats) / math.log(2), "bytes": sample.size}
