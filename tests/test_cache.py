@@ -9,6 +9,7 @@ from families import DECODERS, make
 from saccade import Attention, SpecError, edit, edits, install, masks, watch
 from saccade import stats as st
 from saccade.cache import H2O, Cache, KeyNorm, Policy, Recent
+from saccade.cache.packed import Packed
 from saccade.study.hosted_laws import MaskedModel, walk
 from saccade.systems.cache.snapkv import SnapKV
 
@@ -104,6 +105,45 @@ def test_bytes_are_those_of_the_tensors_and_budgets_bound_them():
         elif budget is not None:
             assert kept == [[3, 3], [9, 9]]
     assert sizes["None"] == 4 * sizes["6"] == 4 * sizes["0.25"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_numbers_are_at_most_half_a_step_away(bits):
+    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    packed = Packed.pack(x, bits)
+    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / (2**bits - 1)
+    assert ((packed.unpack() - x).abs() <= 0.5001 * step).all()
+    assert packed.nbytes == x.numel() * bits // 8 + 2 * 4 * x[..., 0].numel()
+    assert tuple(packed.shape) == tuple(x.shape)
+    assert torch.equal(Packed.pack(x[:, :, :2], bits).then(Packed.pack(x[:, :, 2:], bits)).unpack(), packed.unpack())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_a_packed_cache_equals_attention_over_rounded_keys_and_values(bits):
+    """The judge rounds in its own words what is older than the call: as a hook on a stock cache's tensors."""
+    model, ids = make("llama"), families.tokens()
+    top = 2**bits - 1
+
+    def rounded(x):
+        low = x.min(-1, keepdim=True).values
+        width = x.max(-1, keepdim=True).values - low
+        return ((x - low) * top / width).round() * width / top + low
+
+    wanted, stock = [], tf.DynamicCache()
+    for piece in steps(ids):
+        wanted.append(model(piece, past_key_values=stock).logits)
+        for layer in stock.layers:
+            for name in ("keys", "values"):
+                whole = getattr(layer, name)
+                old = whole[:, :, : -piece.shape[1]]
+                setattr(layer, name, torch.cat([old, rounded(whole[:, :, -piece.shape[1] :])], 2))
+    found, _ = walk(model, Cache(model, bits=bits), steps(ids))
+    close(found, torch.cat(wanted, 1))
+    with pytest.raises(AssertionError):
+        close(found, model(ids, use_cache=False).logits)
+    small, _ = walk(model, Cache(model, H2O(2), budget=6, bits=bits), steps(ids))
+    assert small.isfinite().all()
 
 
 @torch.no_grad()

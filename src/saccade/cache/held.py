@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from ..core.errors import SpecError
 from ..hosts.handles import lead
 from ..hosts.transformers import HELD
+from .packed import Packed
 from .policies import All, Look, Policy
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -34,16 +35,68 @@ class Segment:
     """Key heads that hold equally many tokens: keys and values ``[B, h, M, D]``, positions and scores ``[B, h, M]``."""
 
     heads: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Packed
+    values: Tensor | Packed
     positions: Tensor
     scores: Tensor
-    worth: Tensor | None = None  # scores with what stays at the top, from a call's attention to the end of the call
+    # During a call: keys and values with this call's own as they came, and scores with what stays at the top.
+    now: tuple[Tensor, Tensor] | None = None
+    worth: Tensor | None = None
 
-    def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension to all that is held."""
-        for name in ("keys", "values", "positions", "scores"):
-            setattr(self, name, change(getattr(self, name)))
+        self.keys, self.values = _each(self.keys, change), _each(self.values, change)
+        self.positions, self.scores = change(self.positions), change(self.scores)
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, bits: int | None) -> None:
+        """Hold new tokens too, in so many bits."""
+        self.keys, all_keys = _append(self.keys, keys, bits)
+        self.values, all_values = _append(self.values, values, bits)
+        self.now = all_keys, all_values
+        self.positions = torch.cat([self.positions, positions], 2)
+        self.scores = torch.nn.functional.pad(self.scores, (0, positions.shape[2]))
+
+    def keep(self, slots: Tensor) -> None:
+        """Drop all but some slots ``[B, h, count]``."""
+
+        def pick(x: Tensor) -> Tensor:
+            return x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+        self.keys, self.values = _each(self.keys, pick), _each(self.values, pick)
+        self.positions, self.scores = self.positions.gather(2, slots), self.scores.gather(2, slots)
+        self.now = self.worth = None
+
+    def best(self, count: int) -> Tensor:
+        """The slots of greatest worth in their order, ``[B, h, count]``."""
+        worth = self.scores if self.worth is None else self.worth
+        return worth.topk(count, -1).indices.sort(-1).values
+
+    def apart(self) -> Iterator[Segment]:
+        """Each head as a segment of its own."""
+        for i in range(len(self.heads)):
+
+            def one(x: Tensor, i: int = i) -> Tensor:
+                return x[:, i : i + 1]
+
+            worth = None if self.worth is None else one(self.worth)
+            yield Segment(
+                self.heads[i : i + 1], _each(self.keys, one), _each(self.values, one), one(self.positions),
+                one(self.scores), worth=worth,
+            )  # fmt: skip
+
+    @staticmethod
+    def together(some: Sequence[Segment]) -> Segment:
+        """Segments of equally many tokens as one."""
+
+        def join(name: str) -> Any:
+            parts = [getattr(s, name) for s in some]
+            if isinstance(parts[0], Tensor):
+                return torch.cat(parts, 1)
+            codes, low, step = (torch.cat([getattr(p, f) for p in parts], 1) for f in ("codes", "low", "step"))
+            return Packed(codes, low, step, parts[0].bits)
+
+        heads = torch.cat([s.heads for s in some])
+        return Segment(heads, *(join(name) for name in ("keys", "values", "positions", "scores")))
 
     @property
     def tokens(self) -> int:
@@ -54,6 +107,21 @@ class Segment:
     def nbytes(self) -> int:
         """Bytes of keys, values and what is known of each token."""
         return sum(x.nbytes for x in (self.keys, self.values, self.positions, self.scores))
+
+
+def _each(stored: Tensor | Packed, change: Callable[[Tensor], Tensor]) -> Tensor | Packed:
+    return change(stored) if isinstance(stored, Tensor) else stored.each(change)
+
+
+def _append(stored: Tensor | Packed, new: Tensor, bits: int | None) -> tuple[Tensor | Packed, Tensor]:
+    """What is stored with the new tokens, and the same as a tensor with these as they came."""
+    if isinstance(stored, Tensor) and bits is None:
+        whole = torch.cat([stored, new], 2)
+        return whole, whole
+    packed = Packed.pack(new, bits or 8)
+    if isinstance(stored, Tensor):
+        return packed, new
+    return stored.then(packed), torch.cat([stored.unpack(), new], 2)
 
 
 class Layer(DynamicLayer):
@@ -85,13 +153,12 @@ class Layer(DynamicLayer):
         place = torch.arange(self.seen, self.seen + new, device=key_states.device)
         for s in self.segments:
             own = s.heads.to(key_states.device)
-            s.keys = torch.cat([s.keys, key_states[:, own]], 2)
-            s.values = torch.cat([s.values, value_states[:, own]], 2)
-            s.positions = torch.cat([s.positions, place.expand(batch, len(own), new)], 2)
-            s.scores = torch.nn.functional.pad(s.scores, (0, new))
+            here = place.expand(batch, len(own), new)
+            s.append(key_states[:, own], value_states[:, own], here, self.owner.bits)
         self.seen += new
-        if len(self.segments) == 1:
-            keys, values = self.segments[0].keys, self.segments[0].values
+        now = self.segments[0].now
+        if len(self.segments) == 1 and now is not None:
+            keys, values = now
         else:
             # Heads of unequal length make no tensor: these have the shape and no memory, the host asks `segments`.
             keys, values = (
@@ -113,7 +180,8 @@ class Layer(DynamicLayer):
 
     def settle(self, segment: Segment, new: int, told: dict[str, Any]) -> None:
         """Score what a segment holds, after its attention ran."""
-        look = Look(told, segment.keys, segment.values, segment.positions, segment.scores, new, self.seen, self.index)
+        assert segment.now is not None
+        look = Look(told, *segment.now, segment.positions, segment.scores, new, self.seen, self.index)
         scores = self.owner.policy.score(look)
         name = type(self.owner.policy).__name__
         if scores.shape != segment.positions.shape:
@@ -124,8 +192,13 @@ class Layer(DynamicLayer):
         worth = scores if stays is None else scores.masked_fill(stays, torch.inf)
         segment.scores, segment.worth = scores.float(), worth.float().masked_fill(segment.positions < 0, -torch.inf)
 
-    def evict(self, new: int) -> None:
-        """Drop what is over the budget, after ``new`` tokens came."""
+    def close(self, new: int) -> None:
+        """End a call in which ``new`` tokens came: drop what is over the budget, and what the call alone needed."""
+        self._evict(new)
+        for s in self.segments:
+            s.now = s.worth = None
+
+    def _evict(self, new: int) -> None:
         if new == 1 and not self.owner.policy.while_decoding:
             return
         budget = self.owner.tokens(self)
@@ -136,42 +209,23 @@ class Layer(DynamicLayer):
             return
         for s in self.segments:
             if s.tokens > budget:
-                self._keep(s, _best(s, budget))
+                s.keep(s.best(budget))
 
     def _share(self, budget: int) -> None:
         """One budget for the heads of the layer: the best of all of them are kept, as many for every sample."""
-        whole = max(s.tokens for s in self.segments)
-        heads = sum(len(s.heads) for s in self.segments)
-        scores = torch.cat(
-            [torch.nn.functional.pad(_worth(s), (0, whole - s.tokens), value=-torch.inf) for s in self.segments], 1
-        )
-        best = scores.flatten(1).topk(min(budget * heads, scores[0].numel()), -1).indices // whole
-        # Samples of a batch keep equally many of a head, so the most that one of them chose.
-        counts = torch.stack([(best == h).sum(-1).amax() for h in range(heads)]).clamp(min=1).tolist()
-        singles: dict[int, list[Segment]] = {}
-        row = 0
-        for s in self.segments:
-            for i, head in enumerate(s.heads.tolist()):
-                parts = (s.keys, s.values, s.positions, s.scores, _worth(s))
-                one = Segment(torch.tensor([head]), *(x[:, i : i + 1] for x in parts))
-                count = min(counts[row], s.tokens)
-                self._keep(one, _best(one, count))
-                singles.setdefault(count, []).append(one)
-                row += 1
-        self.segments = [
-            Segment(
-                torch.cat([o.heads for o in some]),
-                *(torch.cat([getattr(o, n) for o in some], 1) for n in ("keys", "values", "positions", "scores")),
-            )
-            for some in singles.values()
-        ]
-
-    @staticmethod
-    def _keep(s: Segment, kept: Tensor) -> None:
-        wide = kept[..., None]
-        s.keys = s.keys.gather(2, wide.expand(-1, -1, -1, s.keys.shape[-1]))
-        s.values = s.values.gather(2, wide.expand(-1, -1, -1, s.values.shape[-1]))
-        s.positions, s.scores, s.worth = s.positions.gather(2, kept), s.scores.gather(2, kept), None
+        heads = [one for s in self.segments for one in s.apart()]
+        whole = max(one.tokens for one in heads)
+        worth = [one.scores if one.worth is None else one.worth for one in heads]
+        worth = [torch.nn.functional.pad(w, (0, whole - w.shape[-1]), value=-torch.inf) for w in worth]
+        flat = torch.cat(worth, 1).flatten(1)
+        best = flat.topk(min(budget * len(heads), flat.shape[1]), -1).indices // whole
+        lengths: dict[int, list[Segment]] = {}
+        for i, one in enumerate(heads):
+            # Samples of a batch keep equally many of a head: as many as the sample that wants most of them.
+            count = min(max(1, int((best == i).sum(-1).amax())), one.tokens)
+            one.keep(one.best(count))
+            lengths.setdefault(count, []).append(one)
+        self.segments = [Segment.together(some) for some in lengths.values()]
 
     # What transformers asks of a layer.
 
@@ -187,38 +241,29 @@ class Layer(DynamicLayer):
             stay = s.positions < self.seen
             count = int(stay.sum(-1).max())
             s.positions = s.positions.masked_fill(~stay, -1)
-            self._keep(s, s.positions.topk(count, -1).indices.sort(-1).values)
+            s.keep(s.positions.topk(count, -1).indices.sort(-1).values)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for s in self.segments:
-            s.over_batch(lambda x: x.repeat_interleave(repeats, 0))
+            s.change(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         for s in self.segments:
-            s.over_batch(lambda x: x[indices.to(x.device)])
+            s.change(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
         for s in self.segments:
-            s.over_batch(lambda x: x.to("cpu", non_blocking=True))
+            s.change(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         for s in self.segments:
-            s.over_batch(lambda x: x.to(self.device, non_blocking=True))
+            s.change(lambda x: x.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         self.segments, self.seen, self.is_initialized = [], 0, False
-
-
-def _worth(s: Segment) -> Tensor:
-    return s.scores if s.worth is None else s.worth
-
-
-def _best(s: Segment, count: int) -> Tensor:
-    """The slots of greatest worth in their order, ``[B, h, count]``."""
-    return _worth(s).topk(count, -1).indices.sort(-1).values
 
 
 class Cache(HostCache):
@@ -230,19 +275,26 @@ class Cache(HostCache):
         budget: tokens per key head (int), a share of the tokens seen (float up to 1), bytes of the whole cache
             (``"8MiB"``), one of these per layer (a sequence), or a function of the layer's number.
         slack: tokens over the budget up to which nothing is dropped while decoding.
+        bits: 8 or 4: keys and values are held in so many bits (a range for each token and head); ``None``: as they are.
 
     Raises:
         SpecError: a budget below one token, a policy that is none, a model that has another cache.
         Unsupported: this model cannot run programs.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy | None = None, budget: Budget | None = None, slack: int = 0):
+    def __init__(
+        self, model: nn.Module, policy: Policy | None = None, budget: Budget | None = None, slack: int = 0,
+        bits: int | None = None,
+    ):  # fmt: skip
         config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
         if policy is not None and not isinstance(policy, Policy):
             raise SpecError(f"policy must be one of saccade.cache, such as SnapKV(); got {policy!r}")
         if (policy is None) != (budget is None):
             raise SpecError("a policy needs a budget, and a budget a policy: give both, or none to keep all")
-        self.model, self.policy, self.budget, self.slack = model, policy or All(), budget, slack
+        if bits not in (None, 4, 8):
+            raise SpecError(f"bits must be 8, 4 or None; got {bits!r}")
+        self.model, self.policy, self.budget = model, policy or All(), budget
+        self.slack, self.bits = slack, bits
         self.open = False
         self.held = [Layer(self, i) for i in range(config.num_hidden_layers)]
         super().__init__(layers=list(self.held))
@@ -309,7 +361,7 @@ class Cache(HostCache):
     def __deepcopy__(self, memo: Any) -> Cache:
         """What is held is copied, the model and the policy are not."""
         policy = None if self.budget is None else self.policy
-        twin = Cache(self.model, policy, self.budget, self.slack)
+        twin = Cache(self.model, policy, self.budget, self.slack, self.bits)
         twin.open = self.open
         for mine, own in zip(twin.held, self.held, strict=True):
             mine.__dict__ |= {k: copy.deepcopy(v, memo) for k, v in vars(own).items() if k != "owner"}

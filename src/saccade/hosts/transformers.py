@@ -197,20 +197,21 @@ def _attend_held(
     out: Tensor | None = None
     for segment in held.segments:
         looker = Looker(stats, functools.partial(held.settle, segment, new))
+        keys, values = segment.now
         mine = view.at(segment.positions, held.seen, new, acts.narrows(module))
         if len(held.segments) == 1:
-            out = acts.run(module, query, segment.keys, segment.values, frame(mine), looker)
+            out = acts.run(module, query, keys, values, frame(mine), looker)
             break
         if acts.at_work(module):
             raise Unsupported("a program, edit or stat on heads of which each holds another number of tokens")
         own = segment.heads.to(query.device)
         theirs = None if sinks is None else sinks.view(grouped.shape[1], -1)[own].flatten()
         q = grouped[:, own].flatten(1, 2)
-        found = acts.run(_nobody, q, segment.keys, segment.values, frame(mine, theirs), looker)
+        found = acts.run(_nobody, q, keys, values, frame(mine, theirs), looker)
         if out is None:
             out = found.new_empty(*grouped.shape[:-1], found.shape[-1])
         out[:, own] = found.unflatten(1, (len(own), -1))
-    held.evict(new)
+    held.close(new)
     assert out is not None
     return out if out.ndim == 4 else out.flatten(1, 2)
 
