@@ -203,7 +203,8 @@ class Region:
     """A set of (query, key, head) places given by what is at hand: slices, indices, masks, a function.
 
     ``keys`` and ``queries`` count positions among the keys: a slice, an int, a list or tensor of ints, a bool
-    tensor ``[M]`` or ``[B, M]``, or a callable ``f(b, h, q, k) -> bool``. ``heads``: an int, a list or a slice.
+    tensor ``[M]`` or ``[B, M]``, or a callable ``f(b, h, q, k) -> bool``; in a hosted model
+    also a name. ``heads``: an int, a list or a slice.
     ``None`` means all.
     """
 
@@ -247,6 +248,8 @@ class Region:
                 raise SpecError(f"{name}={chosen}: a region's slice must run forward (step >= 1)")
             inside = (index >= start) & (index < stop)
             return inside if step == 1 else inside & ((index - start) % step == 0)
+        if isinstance(chosen, str):
+            raise SpecError(f"{name}={chosen!r}: a name has a meaning in a model alone (saccade.edit, saccade.watch)")
         table = torch.as_tensor(chosen, device=index.device)
         if table.dtype == torch.bool:
             if table.shape[-1] != size or table.ndim > 2:

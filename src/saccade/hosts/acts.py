@@ -25,6 +25,7 @@ from ..core.normalizers import Softmax
 from ..core.scores import Bias, Dot, SoftCap
 from ..core.spec import Attention
 from ..core.stats import Stat
+from .regions import Names
 from .views import View
 
 STATE = "_saccade_acts"
@@ -135,6 +136,7 @@ class Act:
     edits: Sequence[Edit] = ()
     stats: Sequence[Stat] = ()
     see: Callable[[Call, dict[str, Any]], None] | None = None
+    names: Names | None = None  # what the names of its regions mean
 
 
 _NOWHERE = Site("", 0, frozenset(), 0, nn.Identity())
@@ -156,17 +158,22 @@ class Acts:
                 found = [*found, (act.heads, act.program)] if act.heads is not None else [(None, act.program)]
         return found
 
-    def edits(self) -> list[Edit]:
-        """All edits, those of some heads confined to them."""
-        return [e if act.heads is None else OnHeads(e, act.heads) for act in self.acts for e in act.edits]
+    def edits(self, keys: int) -> list[Edit]:
+        """All edits, those of some heads confined to them, their names those of the keys that are there."""
+        found = []
+        for act in self.acts:
+            for edit in act.edits if act.names is None else [act.names.bind(e, keys) for e in act.edits]:
+                found.append(edit if act.heads is None else OnHeads(edit, act.heads))
+        return found
 
-    def whole(self, program: Attention, index: int, frame: Frame) -> Attention:
+    def whole(self, program: Attention, index: int, frame: Frame, keys: int) -> Attention:
         """A program with all edits inside the model's frame."""
-        key = None if frame.name is None else (index, frame.name)
+        named = any(act.names is not None for act in self.acts)
+        key = None if frame.name is None or named else (index, frame.name)
         if key is not None and key in self.combined:
             return self.combined[key]
         spec = frame.combine(program)
-        edits = self.edits()
+        edits = self.edits(keys)
         if edits:
             spec = Attention(
                 score=[spec.form, *spec.modifiers], mask=spec.mask, normalizer=spec.normalizer,
@@ -215,12 +222,16 @@ def run(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, frame: Frame, looker
     if not acts.acts and looker is None:
         return attention(q, k, v, frame.combine(Attention()), offset=frame.offset)
     watching = [act for act in acts.acts if act.stats]
-    stats = [_labelled(s, f"{i}/{s.label}") for i, act in enumerate(watching) for s in act.stats]
+    keys = k.shape[2]
+    stats: list[Stat] = []
+    for i, act in enumerate(watching):
+        own = act.stats if act.names is None else [act.names.bind(s, keys) for s in act.stats]
+        stats += [_labelled(s, f"{i}/{s.label}") for s in own]
     stats += looker.stats if looker is not None else ()
     out: Tensor | None = None
     seen: dict[str, Any] = {}
     for index, (heads, program) in enumerate(acts.programs()):
-        spec = acts.whole(program, index, frame)
+        spec = acts.whole(program, index, frame, keys)
         found = attention(q, k, v, spec, stats=stats, offset=frame.offset)
         mine, looked = found if stats else (found, {})
         if heads is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -13,6 +13,7 @@ from ..core.spec import Attention
 from ..core.stats import check_names
 from . import acts
 from .acts import Act, Call, Program, Site
+from .regions import Names, names
 
 
 class Host(Protocol):
@@ -50,11 +51,21 @@ class Handle:
     ``sites`` says where. Handles nest, compose, and may be removed in any order.
     """
 
-    def __init__(self, model: nn.Module, layers: Any, heads: Any, kind: Any, make: Callable[[Site], dict[str, Any]]):
+    def __init__(
+        self, model: nn.Module, layers: Any, heads: Any, kind: Any, make: Callable[[Site], dict[str, Any]],
+        parts: Sequence[Any] = (), regions: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         self.model, self._host = model, host_of(model)
         self.sites = acts.pick(self._host.sites(), type(model).__name__, layers, kind)
-        self._acts = [Act(site, acts.pick_heads(site, heads), **make(site)) for site in self.sites]
-        self._host.enter()
+        chosen = [acts.pick_heads(site, heads) for site in self.sites]
+        used = names(parts)
+        self._names = Names(model, used, regions or {}) if used else None
+        self._acts = [Act(s, h, names=self._names, **make(s)) for s, h in zip(self.sites, chosen, strict=True)]
+        try:
+            self._host.enter()
+        except BaseException:
+            self._forget()
+            raise
         self.installed = True
         for act in self._acts:
             acts.add(act)
@@ -66,6 +77,11 @@ class Handle:
             for act in self._acts:
                 acts.drop(act)
             self._host.leave()
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._names is not None:
+            self._names.close()
 
     def __enter__(self) -> Handle:
         return self
@@ -128,28 +144,36 @@ def install(model: nn.Module, program: Program, *, layers: Any = None, heads: An
     return Handle(model, layers, heads, kind, lambda site: {"program": resolve(program, site)})
 
 
-def edit(model: nn.Module, *edits: Any, layers: Any = None, heads: Any = None, kind: Any = None) -> Handle:
+def edit(
+    model: nn.Module, *edits: Any, layers: Any = None, heads: Any = None, kind: Any = None,
+    regions: Mapping[str, Any] | None = None,
+) -> Handle:  # fmt: skip
     """Change a model's attention weights while it runs, until the handle is closed.
 
     Args:
-        edits: parts of :mod:`saccade.edits`, or functions ``f(weight, b, h, q, k)``, in their order.
+        edits: parts of :mod:`saccade.edits`, or functions ``f(weight, b, h, q, k)``, in their order. Their regions may
+            name their keys: ``edits.Scale(0.5, keys="image")``.
         model, layers, heads, kind: as for :func:`install`.
+        regions: what the names mean, found anew for each sample: a slice, an int or a list (places counted from each
+            text's first token), a bool tensor ``[B, N]`` of the prompt, or a function of a call's token ids ``[B, N]``
+            that gives bool ``[B, N]``. "image" is known where the model's config has an image token.
     """
     if not edits:
         raise SpecError("edit: expected at least one edit, such as edits.Zero(keys=0); got none")
     parts = [as_edit(e) for e in edits]
-    return Handle(model, layers, heads, kind, lambda site: {"edits": parts})
+    return Handle(model, layers, heads, kind, lambda site: {"edits": parts}, parts, regions)
 
 
 def watch(
-    model: nn.Module, *stats: Any, layers: Any = None, heads: Any = None, kind: Any = None, every: bool = False
-) -> Watching:
+    model: nn.Module, *stats: Any, layers: Any = None, heads: Any = None, kind: Any = None, every: bool = False,
+    regions: Mapping[str, Any] | None = None,
+) -> Watching:  # fmt: skip
     """Look at a model's attention weights while it runs, without ever holding all of them.
 
     Args:
         stats: parts of :mod:`saccade.stats`.
         every: keep what every call showed (decoding: one per step), not the last one's alone.
-        model, layers, heads, kind: as for :func:`install`.
+        model, layers, heads, kind: as for :func:`install`; regions: as for :func:`edit`.
 
     Returns:
         A context manager whose ``seen[path][stat]`` (or ``handle[layer][stat]``) fills while the model runs.
@@ -165,7 +189,7 @@ def watch(
         else:
             seen[call.site.path] = told
 
-    handle = Watching(model, layers, heads, kind, lambda site: {"stats": stats, "see": see})
+    handle = Watching(model, layers, heads, kind, lambda site: {"stats": stats, "see": see}, stats, regions)
     handle.seen = seen
     return handle
 
