@@ -228,6 +228,26 @@ def trained(repeats: int) -> list[Row]:
     return rows
 
 
+def decoded(repeats: int) -> list[Row]:
+    """One query over a cache: what a decode step costs in each layer."""
+    m = 4096
+    q, k, v = inputs(m)
+    q = q[:, :, -1:]
+    window = Attention(mask=masks.Causal() & (masks.Window(1024) | masks.Sinks(4)))
+
+    def many(call: Call) -> Call:
+        return lambda: [call() for _ in range(50)]
+
+    rows = []
+    for name, spec in (("plain", Attention(mask=masks.Causal())), ("window and sinks", window)):
+        row = compare(
+            f"50 decode steps, {name}, {m} keys", many(lambda spec=spec: saccade.attention(q, k, v, spec)), "SDPA",
+            many(lambda: sdpa(q, k, v)), None, repeats, note="SDPA reads every key",
+        )  # fmt: skip
+        rows.append(row)
+    return rows
+
+
 def mapped(repeats: int) -> list[Row]:
     n = 131072
     mask = masks.Causal() & (masks.Window(1024) | masks.Sinks(4))
@@ -295,7 +315,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console()
-    groups = [plain, modified, observed, windowed, trained, mapped, narrow]
+    groups = [plain, modified, observed, windowed, decoded, trained, mapped, narrow]
     rate = product_rate()
     rows: list[Row] = []
     for group in groups:

@@ -1,0 +1,99 @@
+"""What watching a model and holding fewer tokens cost, each against the model as it is in the same run.
+
+    python benchmarks/hosts.py [--only watching]
+
+watching: a prefill of 32k tokens of a small random Llama (2 layers, 4 heads of 32) with stats of every layer.
+caching: single steps after a prompt of 16k tokens (4 layers, 8 heads of 64), with SnapKV and with all tokens held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+import saccade
+from saccade import stats
+from saccade.study.caching import decoding
+from saccade.study.measure import peak_bytes
+from saccade.systems.cache.snapkv import SnapKV
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of the second call."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def watching() -> list[tuple[str, str, str]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    n, layers, heads, width = 32768, 2, 4, 32
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=260, hidden_size=heads * width, intermediate_size=256, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=n,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(0, 256, (1, n))
+    q, k, v = (torch.randn(1, heads, n, width) for _ in range(3))
+    device = torch.device("cpu")
+
+    def prefill() -> None:
+        model(ids, use_cache=False, logits_to_keep=1)
+
+    attention = layers * seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    plain, memory = seconds(prefill), peak_bytes(prefill, device)
+    rows = []
+    for name, some in (
+        ("KeyMass", [stats.KeyMass()]),
+        ("Entropy, KeyMass, LogSumExp", [stats.Entropy(), stats.KeyMass(), stats.LogSumExp()]),
+    ):
+        with saccade.watch(model, *some):
+            watched, more = seconds(prefill), peak_bytes(prefill, device) - memory
+        rows.append(
+            (
+                f"watching {name}, {n} tokens",
+                f"{watched:.2f} s, without {plain:.2f} s (of which attention {attention:.2f} s)",
+                f"attention takes {(watched - plain + attention) / attention:.2f} times as long (goal 2.5),"
+                f" {more / 1e6:.0f} MB more (goal 150); all weights would be {4e-9 * layers * heads * n * n:.0f} GB",
+            )
+        )
+    return rows
+
+
+def caching() -> list[tuple[str, str, str]]:
+    found = decoding(lambda: (SnapKV().policy(), 1964), prompt=16384)
+    return [
+        (
+            "SnapKV, step after 16384 tokens",
+            f"{found['kept_ms']:.1f} ms, dense {found['dense_ms']:.1f} ms",
+            f"{found['speedup']:.2f} times as fast (goal 3.6), {found['smaller']:.2f} times smaller (goal 8.2)",
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the groups whose name contains this word")
+    options = parser.parse_args()
+    table = Table("work", "seconds", "against the model as it is", title=f"{torch.get_num_threads()} threads")
+    for group in (watching, caching):
+        if options.only in group.__name__:
+            for row in group():
+                table.add_row(*row)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
