@@ -57,10 +57,11 @@ def run(
     for stat in program.stats:
         while multiple % stat.block[0]:
             multiple += max(s.block[0] for s in program.stats)
-    narrow = program.plain and q.dtype in ACCUMULATE and not q.requires_grad
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *program.spec.learned()))
+    narrow = program.plain and q.dtype in ACCUMULATE and not trained
     layout = lay_out(
         shape, program.spec.mask, all_heads=program.spec.mixes_heads, row_multiple=multiple, selection=selection,
-        grain=Grain.narrow() if narrow else Grain(),
+        grain=Grain.narrow() if narrow else Grain.trained() if trained else Grain(),
     )  # fmt: skip
     n, m = shape.n, shape.m
     inner = layout.shape
@@ -205,8 +206,9 @@ def _forward(program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor) 
     out = (v.new_empty if layout.covers else v.new_zeros)(*q.shape[:3], v.shape[-1])
     for strip, at in layout.places():
         tile = _scores(program, strip, q, k, scratch)
-        weights, seen = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
-        strip.put_rows(out, _values(strip, weights, v))
+        weights, seen, factor = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
+        values = _values(strip, weights, v)
+        strip.put_rows(out, values if factor is None else values.mul_(factor))
         places.put(strip, whole, seen)
     return [out, *(x for tensors in whole for x in tensors)]
 

@@ -32,6 +32,10 @@ class Edit(Part):
         """The same where no gradient is wanted; may overwrite ``weights``."""
         return self.forward(weights, at, visible)
 
+    def row_factor(self, weights: Tensor, at: At) -> Tensor | None:
+        """``[g, r, n, 1]``, if all that this edit does is to multiply whole rows by it: then the output is, instead."""
+        return None
+
 
 def as_edit(value: Any) -> Edit:
     """An edit from an edit or from a function ``f(weight, b, h, q, k)``."""
@@ -216,8 +220,11 @@ class Renormalize(Edit):
         return weights / total.masked_fill(total == 0, 1)
 
     def inplace(self, weights: Tensor, at: At, visible: Tensor | None) -> Tensor:
+        return weights.mul_(self.row_factor(weights, at))
+
+    def row_factor(self, weights: Tensor, at: At) -> Tensor:
         total = weights.sum(-1, keepdim=True)
-        return weights.div_(total.masked_fill_(total == 0, 1))
+        return total.masked_fill_(total == 0, 1).reciprocal_()
 
 
 class Dropout(Edit):

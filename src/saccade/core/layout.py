@@ -27,12 +27,17 @@ class Grain:
     """How large a tile may be.
 
     Measured on two cores: a batch of two products uses both, where one wide product does not; in bfloat16 one product
-    of many rows is fastest. ``cells``: 8 MB, which the last level of cache holds.
+    of many rows is fastest. ``cells`` of a tile of mean length: 8 MB, which the last level of cache holds.
     """
 
     cells: int = 2**21
     rows: int = 256
     groups: int = 2
+
+    @staticmethod
+    def trained() -> Grain:
+        """For forward and backward, which hold several tiles at a time."""
+        return Grain(2**20)
 
     @staticmethod
     def narrow() -> Grain:
@@ -254,7 +259,8 @@ class _Cut:
                 for i in range(0, len(steps), most):
                     s, count = steps[i], len(steps[i : i + most])
                     yield Stair(
-                        self.shape, group, count, s.r0, s.rows, s.k0, width, s.look, self.mask, s.may_be_empty
+                        self.shape, group, count, s.r0, s.rows, s.k0, width, s.look, self.mask, s.may_be_empty,
+                        self._known,
                     )  # fmt: skip
 
     def _gathered(

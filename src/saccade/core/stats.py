@@ -30,6 +30,7 @@ class Stat(Part):
     axis = "rows"  # what is kept: "rows", "keys" (summed over queries), "blocks", or "chosen" rows
     needs: frozenset[str] = frozenset()  # of "scores", "maximum", "lse"
     shortcut: frozenset[str] = frozenset()  # the same, for a cheaper way where the weights are an unedited softmax
+    takes_factor = False  # can see weights that are still to be multiplied by a factor of each row
     block = (1, 1)  # queries and keys per block, for axis "blocks"
 
     def __init__(self, name: str | None = None, edited: bool = True):
@@ -133,12 +134,13 @@ class KeyMass(Stat):
     """Mass each key receives, summed over the queries, ``[B, H, M]``."""
 
     axis = "keys"
+    takes_factor = True
 
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        weights = tile.weights
+        weights, factor = tile.weights, tile.factor
         g, r, n, m = weights.shape
-        ones = weights.new_ones(1, 1, n).expand(g * r, 1, n)
-        return (torch.bmm(ones, weights.reshape(g * r, n, m)).view(g, r, m),)
+        rows = weights.new_ones(1, 1, n).expand(g * r, 1, n) if factor is None else factor.reshape(g * r, 1, n)
+        return (torch.bmm(rows, weights.reshape(g * r, n, m)).view(g, r, m),)
 
 
 class Best(NamedTuple):

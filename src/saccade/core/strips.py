@@ -179,6 +179,7 @@ class Stair:
     partial: list[tuple[int, int]]
     mask: Mask
     may_be_empty: bool
+    known: dict[tuple[int, int, int], Veil]
 
     @property
     def tile(self) -> tuple[int, int, int, int]:
@@ -194,7 +195,13 @@ class Stair:
 
     def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys: of every step what it hides of the first."""
-        return [Hidden(a, z, Veil(~self.mask.visible(at.moved(at.q[:1], at.k[:1, ..., a:z])))) for a, z in self.partial]
+        return [Hidden(a, z, self._hidden(at, a, z)) for a, z in self.partial]
+
+    def _hidden(self, at: At, start: int, stop: int) -> Veil:
+        place = (self.r0 - self.k0 - start, self.rows_each, stop - start)
+        if place not in self.known:
+            self.known[place] = Veil(~self.mask.visible(at.moved(at.q[:1], at.k[:1, ..., start:stop])))
+        return self.known[place]
 
     @property
     def _rows(self) -> slice:

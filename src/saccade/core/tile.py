@@ -103,6 +103,7 @@ class Tile:
 
     ``scores`` are the masked ones, 0 instead of ``-inf`` where a key is hidden; ``maximum`` and ``lse`` are row
     statistics of the masked scores, ``[g, r, n]``. ``softmax``: the weights are the softmax of the scores, unedited.
+    ``factor``: the weights are those given times it, ``[g, r, n, 1]`` (only for stats with ``takes_factor``).
     """
 
     at: At
@@ -111,6 +112,7 @@ class Tile:
     maximum: Tensor | None = None
     lse: Tensor | None = None
     softmax: bool = False
+    factor: Tensor | None = None
 
 
 class Part(nn.Module):

@@ -1,4 +1,4 @@
-"""`lm`: a byte-level LlamaForCausalLM that reads English and recalls; trained on two CPU cores in an hour.
+"""`lm`: a byte-level LlamaForCausalLM that reads English and recalls; trained on two CPU cores in under two hours.
 
     train(out)       corpus from Debian's documentation packages, then the training itself; resumes
     evaluate(dir)    bits per byte on held-out prose against xz -9, and recall by task and length
