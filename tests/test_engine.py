@@ -11,6 +11,8 @@ import saccade
 from dense import agree, classified, everything, poisoned, qkv
 from saccade import Attention, edits, masks, normalizers, scores, selectors, stats
 from saccade.core.layout import lay_out
+from saccade.core.program import Program
+from saccade.core.reach import Near, narrowed
 from saccade.core.strips import Shape, Stair
 
 LAWS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -221,6 +223,27 @@ def test_windows_are_walked_in_stairs(heads, mask, score, normalizer, edit):
     shape = Shape(b, hkv, h // hkv, n, m, m - n, False, torch.device("cpu"))
     assert sum(isinstance(s, Stair) for s in lay_out(shape, mask).strips) >= b * hkv
     agree(spec, (b, h, hkv, n, m), [STATS[s](n, m) for s in sorted(STATS)], tolerance=1e-7)
+
+
+@pytest.mark.parametrize("mask", [masks.Full(), masks.Causal()])
+def test_keys_whose_weight_is_zero_by_their_distance_are_left_out(mask, monkeypatch):
+    b, h, hkv, n, m = 2, 4, 4, 600, 640
+    spec = Attention(
+        score=scores.ALiBi(torch.tensor([6.0, 6.0, 0.01, 0.0]).double()), mask=mask,
+        edits=[edits.Scale(0.5, keys=slice(0, 3)), edits.Renormalize()],
+    )  # fmt: skip
+    watched = [STATS[s](n, m) for s in sorted(STATS)]
+    agree(spec, (b, h, hkv, n, m), watched, tolerance=1e-7)
+    inputs = qkv((b, h, hkv, n, m))
+    shape = Shape(b, hkv, h // hkv, n, m, m - n, False, torch.device("cpu"))
+    near = narrowed(Program(spec), shape, *inputs[:2])
+    assert lay_out(shape, near).visited < 0.8 * lay_out(shape, mask).visited
+    uniform = Attention(score=spec.modifiers, mask=mask, edits=[edits.Mix("uniform", 0.5)])
+    assert narrowed(Program(uniform), shape, *inputs[:2]) is mask  # an edit may give weight to any key
+    right = Near.blocks
+    monkeypatch.setattr(Near, "blocks", lambda self, span: right(Near(self.radius / 1000), span))
+    with pytest.raises(AssertionError):
+        agree(spec, (b, h, hkv, n, m), watched, tolerance=1e-7)
 
 
 def test_explicit_offset_counts_functions_too():

@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from .layout import Grain, lay_out
 from .program import Program
+from .reach import narrowed
 from .selectors import Selection
 from .spec import Attention
 from .stats import Stat
-from .strips import Layout, Piece, Shape
+from .strips import Layout, Piece, Shape, Strip
 from .tile import At
 
 ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -60,8 +61,8 @@ def run(
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *program.spec.learned()))
     narrow = program.plain and q.dtype in ACCUMULATE and not trained
     layout = lay_out(
-        shape, program.spec.mask, all_heads=program.spec.mixes_heads, row_multiple=multiple, selection=selection,
-        grain=Grain.narrow() if narrow else Grain.trained() if trained else Grain(),
+        shape, narrowed(program, shape, q, k), all_heads=program.spec.mixes_heads, row_multiple=multiple,
+        selection=selection, grain=Grain.narrow() if narrow else Grain.trained() if trained else Grain(),
     )  # fmt: skip
     n, m = shape.n, shape.m
     inner = layout.shape
@@ -128,9 +129,14 @@ def _scores(program: Program, strip: Piece, q: Tensor, k: Tensor, scratch: _Scra
     return tile if wide == q.dtype or program.plain else scratch(strip.tile, wide, "wide").copy_(tile)
 
 
+def _one_by_one(a: Tensor) -> bool:
+    """Is a batch of products of this left factor faster one plain product at a time?"""
+    return a.device.type == "cpu" and a.dtype in ACCUMULATE and a.shape[1] >= 64
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * bmm``, scaled before it is rounded; narrow dtypes on a CPU are faster one plain product at a time."""
-    if a.device.type != "cpu" or a.dtype not in ACCUMULATE or a.shape[1] < 64:
+    if not _one_by_one(a):
         return torch.bmm(a, b, out=out) if scale == 1 else torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
     for left, right, whole in zip(a, b, out, strict=True):
         if scale == 1:
@@ -140,11 +146,15 @@ def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def _values(strip: Piece, weights: Tensor, v: Tensor) -> Tensor:
-    """Weights times values, ``[g, rep, n, D]``."""
+def _put_values(strip: Piece, weights: Tensor, v: Tensor, factor: Tensor | None, out: Tensor) -> None:
+    """Write weights times values (times a factor of each row) to the strip's rows of ``[groups, rep, N, D]``."""
     g, rep, n, m = strip.tile
-    out = v.new_empty(g, rep * n, v.shape[-1])
-    return _product(weights.reshape(g, rep * n, m).to(v.dtype), strip.keys(v), out).view(g, rep, n, -1)
+    flat = weights.reshape(g, rep * n, m).to(v.dtype)
+    if rep == 1 and factor is None and isinstance(strip, Strip) and _one_by_one(flat):
+        _product(flat, strip.keys(v), strip.get_rows(out)[:, 0])
+        return
+    values = _product(flat, strip.keys(v), v.new_empty(g, rep * n, v.shape[-1])).view(g, rep, n, -1)
+    strip.put_rows(out, values if factor is None else values.mul_(factor))
 
 
 class _Places:
@@ -207,8 +217,7 @@ def _forward(program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor) 
     for strip, at in layout.places():
         tile = _scores(program, strip, q, k, scratch)
         weights, seen, factor = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
-        values = _values(strip, weights, v)
-        strip.put_rows(out, values if factor is None else values.mul_(factor))
+        _put_values(strip, weights, v, factor, out)
         places.put(strip, whole, seen)
     return [out, *(x for tensors in whole for x in tensors)]
 

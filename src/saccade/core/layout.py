@@ -309,9 +309,14 @@ def _codes_by_group(codes: Tensor, shape: Shape) -> Iterator[tuple[tuple[int, in
         for b in range(batch):
             yield (b * shape.kv_heads, (b + 1) * shape.kv_heads), codes[b, 0]
     else:
-        for group in range(shape.groups):
+        # Neighbours with the same codes share strips.
+        first, before = 0, codes[0, 0]
+        for group in range(1, shape.groups + 1):
             b, h = divmod(group, shape.kv_heads)
-            yield (group, group + 1), codes[b if batch > 1 else 0, h]
+            own = codes[b if batch > 1 else 0, h] if group < shape.groups else None
+            if own is None or not torch.equal(own, before):
+                yield (first, group), before
+                first, before = group, own if own is not None else before
 
 
 def _runs(codes: Tensor) -> Iterator[tuple[Runs, Runs]]:

@@ -189,9 +189,12 @@ class ALiBi(Score):
         exponents += [-4 * (2 * i + 1) / whole for i in range(heads - whole)]
         return torch.tensor([2.0**e for e in exponents], device=device)
 
+    def by_head(self, heads: int, device: torch.device) -> Tensor:
+        """The slopes ``[H]``."""
+        return self.geometric(heads, device) if self.slopes is None else self.slopes
+
     def _slopes(self, at: At) -> Tensor:
-        slopes = self.geometric(at.heads, at.h.device) if self.slopes is None else self.slopes
-        found = per_head(slopes, at, "ALiBi's slopes")
+        found = per_head(self.by_head(at.heads, at.h.device), at, "ALiBi's slopes")
         assert isinstance(found, Tensor)
         return found
 
