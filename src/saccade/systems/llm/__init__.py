@@ -1,0 +1,1 @@
+"""Systems that change what a language model says."""
