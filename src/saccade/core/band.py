@@ -8,13 +8,14 @@ Memory beyond the results is one tile, whatever N is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .crew import hands, share
 from .layout import Grain, lay_out
 from .program import Program
 from .reach import narrowed
@@ -60,9 +61,15 @@ def run(
             multiple += max(s.block[0] for s in program.stats)
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *program.spec.learned()))
     narrow = program.plain and q.dtype in ACCUMULATE and not trained
+    # Threads may share rows as they come, but the keys of a group are summed by one of them alone.
+    count = hands(shape.device, shape.batch * shape.heads * shape.n * shape.m)
+    summed = trained or any(s.axis == "keys" for s in program.stats)
+    if summed and (shape.batch if program.spec.mixes_heads else shape.groups) < count:
+        count = 1
+    grain = Grain.own(trained) if count > 1 else Grain.narrow() if narrow else Grain.trained() if trained else Grain()
     layout = lay_out(
         shape, narrowed(program, shape, q, k), all_heads=program.spec.mixes_heads, row_multiple=multiple,
-        selection=selection, grain=Grain.narrow() if narrow else Grain.trained() if trained else Grain(),
+        selection=selection, grain=grain, apart=2 * count if summed and count > 1 else 1,
     )  # fmt: skip
     n, m = shape.n, shape.m
     inner = layout.shape
@@ -70,9 +77,9 @@ def run(
     k = _pad(k.reshape(shape.groups, m, k.shape[-1]), layout.column_multiple)
     v = _pad(v.reshape(shape.groups, m, v.shape[-1]), layout.column_multiple)
     if torch.is_grad_enabled():
-        out, *flat = _Band.apply(program, layout, q, k, v, *program.spec.learned())
+        out, *flat = _Band.apply(program, layout, count, q, k, v, *program.spec.learned())
     else:
-        out, *flat = _forward(program, layout, q, k, v)
+        out, *flat = _forward(program, layout, count, q, k, v)
     out = out[:, :, :n].reshape(shape.batch, shape.heads, n, v.shape[-1])
     whole: list[list[Tensor]] = []
     for stat in program.stats:
@@ -98,17 +105,17 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
 
 
 class _Scratch:
-    """Buffers that every tile of a call reuses, one per dtype and purpose."""
+    """Buffers that every tile of a thread reuses, one per dtype and purpose, large enough for the largest tile."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, cells: int):
+        self.device, self.cells = device, cells
         self.buffers: dict[tuple[torch.dtype, str], Tensor] = {}
 
     def __call__(self, shape: Sequence[int], dtype: torch.dtype, purpose: str) -> Tensor:
         size = torch.Size(shape).numel()
         buffer = self.buffers.get((dtype, purpose))
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[dtype, purpose] = torch.empty(size, dtype=dtype, device=self.device)
+            buffer = self.buffers[dtype, purpose] = torch.empty(max(size, self.cells), dtype=dtype, device=self.device)
         return buffer[:size].view(shape)
 
 
@@ -180,15 +187,18 @@ class _Places:
                 sizes = [(*heads, -(-self.rows // stat.block[0]), -(-shape.m // stat.block[1]))]
             else:
                 sizes = [(*heads, len(stat.chosen(shape.n)), self.columns)]
-            whole.append([like.new_full(size, fill) for size in sizes])
+            whole.append(
+                [
+                    like.new_full(size, -1, dtype=torch.long) if i in stat.keys else like.new_full(size, fill)
+                    for i, size in enumerate(sizes)
+                ]
+            )
         return whole
 
     def put(self, strip: Piece, whole: list[list[Tensor]], seen: list[tuple[Tensor, ...]]) -> None:
         for stat, tensors, pieces in zip(self.stats, whole, seen, strict=True):
             for i, piece in enumerate(pieces):
                 if stat.axis == "rows":
-                    if not piece.is_floating_point() and tensors[i].is_floating_point():
-                        tensors[i] = tensors[i].long().fill_(-1)  # key numbers; -1: none
                     strip.put_rows(tensors[i], piece)
                 elif stat.axis == "keys":
                     strip.add_columns(tensors[i], piece)
@@ -208,17 +218,24 @@ class _Places:
         return strip.get_chosen(grad, stat.chosen(self.shape.n))
 
 
-def _forward(program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Output and the tensors of all stats, tile by tile."""
-    scratch = _Scratch(q.device)
+def _forward(program: Program, layout: Layout, count: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Output and the tensors of all stats, tile by tile, with ``count`` threads."""
     places = _Places(program, layout)
     whole = places.empty(torch.empty(0, dtype=ACCUMULATE.get(q.dtype, q.dtype), device=q.device))
     out = (v.new_empty if layout.covers else v.new_zeros)(*q.shape[:3], v.shape[-1])
-    for strip, at in layout.places():
-        tile = _scores(program, strip, q, k, scratch)
-        weights, seen, factor = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
-        _put_values(strip, weights, v, factor, out)
-        places.put(strip, whole, seen)
+
+    def work(strips: Iterable[Piece]) -> None:
+        scratch = _Scratch(q.device, layout.most)
+        for strip, at in layout.places(strips):
+            tile = _scores(program, strip, q, k, scratch)
+            weights, seen, factor = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
+            _put_values(strip, weights, v, factor, out)
+            places.put(strip, whole, seen)
+
+    if count == 1 or any(stat.axis == "keys" for stat in program.stats):
+        share(layout.runs(), work, count)
+    else:
+        share([iter(layout.strips)] * count, work, count)  # whoever is free takes the next
     return [out, *(x for tensors in whole for x in tensors)]
 
 
@@ -227,11 +244,11 @@ class _Band(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, program: Program, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *learned: Tensor
+        ctx: Any, program: Program, layout: Layout, count: int, q: Tensor, k: Tensor, v: Tensor, *learned: Tensor
     ) -> tuple[Tensor, ...]:
-        out, *flat = _forward(program, layout, q, k, v)
+        out, *flat = _forward(program, layout, count, q, k, v)
         ctx.mark_non_differentiable(*[x for x in flat if not x.is_floating_point()])
-        ctx.program, ctx.layout, ctx.learned = program, layout, learned
+        ctx.program, ctx.layout, ctx.count, ctx.learned = program, layout, count, learned
         ctx.save_for_backward(q, k, v)
         ctx.set_materialize_grads(False)
         return (out, *flat)
@@ -244,11 +261,11 @@ class _Band(torch.autograd.Function):
         if grad_out is None:
             grad_out = v.new_zeros(*q.shape[:3], v.shape[-1])
         steps = _Backward(program, layout, (q, k, v), grad_out, grad_seen, learned)
-        closed = program.closed_backward and program.form.scale(q.shape[-1]) is not None
-        step = steps.closed if closed and all(g is None for g in grad_seen) else steps.through_autograd
-        for strip, at in layout.places():
-            step(strip, at)
-        return None, None, steps.dq, steps.dk.to(k.dtype), steps.dv.to(v.dtype), *steps.d_learned
+        d_learned = [torch.zeros_like(t) for t in learned]
+        for found in share(layout.runs(), steps.run, ctx.count):
+            for total, part in zip(d_learned, found, strict=True):
+                total += part
+        return None, None, None, steps.dq, steps.dk.to(k.dtype), steps.dv.to(v.dtype), *d_learned
 
 
 def _may_be_empty(program: Program, strip: Piece) -> bool:
@@ -269,12 +286,23 @@ class _Backward:
         wide = ACCUMULATE.get(q.dtype, q.dtype)
         self.dq = torch.zeros_like(q)
         self.dk, self.dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        self.d_learned = [torch.zeros_like(t) for t in learned]
-        self.scratch = _Scratch(q.device)
+        closed = program.closed_backward and program.form.scale(q.shape[-1]) is not None
+        self.closed = closed and all(g is None for g in grad_seen)
 
-    def closed(self, strip: Piece, at: At) -> None:
+    def run(self, strips: Iterable[Piece]) -> list[Tensor]:
+        """Gradients of these strips; those of learned tensors are returned."""
+        scratch = _Scratch(self.q.device, self.layout.most)
+        d_learned = [torch.zeros_like(t) for t in self.learned]
+        for strip, at in self.layout.places(strips):
+            if self.closed:
+                self._closed(strip, at, scratch)
+            else:
+                self._through_autograd(strip, at, scratch, d_learned)
+        return d_learned
+
+    def _closed(self, strip: Piece, at: At, scratch: _Scratch) -> None:
         """One strip, from its weights alone."""
-        program, scratch = self.program, self.scratch
+        program = self.program
         g, rep, n, m = strip.tile
         tile = _scores(program, strip, self.q, self.k, scratch)
         weights = program.normalize(tile, at, strip.hidden(at), _may_be_empty(program, strip))
@@ -296,14 +324,14 @@ class _Backward:
         assert d_scores is not None
         self._products(strip, d_scores)
 
-    def through_autograd(self, strip: Piece, at: At) -> None:
+    def _through_autograd(self, strip: Piece, at: At, scratch: _Scratch, d_learned: list[Tensor]) -> None:
         """One strip, through autograd over the definition of the tile."""
         program = self.program
         g, rep, n, m = strip.tile
         d_rows = strip.get_rows(self.grad_out).reshape(g, rep * n, -1)
         dot = program.form.scale(self.q.shape[-1]) is not None
         if dot:
-            sources = [_scores(program, strip, self.q, self.k, self.scratch)]
+            sources = [_scores(program, strip, self.q, self.k, scratch)]
         else:
             sources = [strip.rows(self.q), strip.keys(self.k)]
         sources = [x.detach().requires_grad_() for x in sources]
@@ -324,7 +352,7 @@ class _Backward:
                     outputs.append(piece)
                     gradients.append(places.take(strip, index, grad).view(piece.shape))
         found = torch.autograd.grad(outputs, [*sources, *self.learned], gradients, allow_unused=True)
-        for total, part in zip(self.d_learned, found[len(sources) :], strict=True):
+        for total, part in zip(d_learned, found[len(sources) :], strict=True):
             if part is not None:
                 total += part
         flat_weights = weights.detach().reshape(g, rep * n, m).to(d_rows.dtype)

@@ -104,7 +104,10 @@ class Scale(Edit):
 
     def inplace(self, weights: Tensor, at: At, visible: Tensor | None) -> Tensor:
         start, stop = self.region.columns(at)
-        weights[..., start:stop].mul_(self._factor(at.columns(start, stop), weights))
+        if start < stop:
+            exactly = self.region.is_columns(at) and not isinstance(self.factor, Tensor)
+            factor = self.factor if exactly else self._factor(at.columns(start, stop), weights)
+            weights[..., start:stop].mul_(factor)
         return weights
 
 

@@ -44,6 +44,11 @@ class Grain:
         """For two-byte tiles that no float32 copy accompanies."""
         return Grain(2**22, 512, 1)
 
+    @staticmethod
+    def own(trained: bool) -> Grain:
+        """For one of several threads, which does one product at a time."""
+        return Grain(2**20 if trained else 2**21, 256, 1)
+
 
 def lay_out(
     shape: Shape,
@@ -53,6 +58,7 @@ def lay_out(
     row_multiple: int = 1,
     selection: Selection | None = None,
     grain: Grain | None = None,
+    apart: int = 1,
 ) -> Layout:
     """Cut a call into strips.
 
@@ -63,8 +69,9 @@ def lay_out(
         row_multiple: strips must start and end at multiples of this (a stat's blocks).
         selection: chosen key blocks, within the mask.
         grain: size of the tiles.
+        apart: so many runs of key heads at most, between which no strip lies: see :meth:`Layout.runs`.
     """
-    cut = _Cut(shape, mask, all_heads, row_multiple, grain or Grain())
+    cut = _Cut(shape, mask, all_heads, row_multiple, grain or Grain(), apart)
     if selection is not None:
         return cut.selected(selection)
     if isinstance(mask, Full):
@@ -99,9 +106,17 @@ class _Cut:
     all_heads: bool
     row_multiple: int
     grain: Grain
+    apart: int
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[int, int, int], Veil] = {}
+        self._bounds = self._cut_groups(self.shape.kv_heads if self.all_heads else 1)
+
+    def _cut_groups(self, together: int) -> list[int]:
+        """Where the runs of groups end; ``together`` neighbours are never cut."""
+        count = self.shape.groups // together
+        apart = min(self.apart, count)
+        return [count * (i + 1) // apart * together for i in range(apart)]
 
     def full(self) -> Layout:
         """Every row sees every key."""
@@ -110,7 +125,7 @@ class _Cut:
         strips: list[Piece] = [
             s for r0 in range(0, shape.n, rows) for s in self._strips(r0, rows, 0, shape.m, [], False)
         ]
-        return Layout(shape, strips, 1, 1)
+        return Layout(shape, strips, 1, 1, self._bounds)
 
     def looked_at(self) -> Layout:
         """A small mask (a decode step, a short text): cut to the range of keys that anyone sees."""
@@ -118,14 +133,14 @@ class _Cut:
         seen = self.mask.visible(shape.everywhere)
         anyone = seen.expand(*seen.shape[:3], shape.m).flatten(0, 2).any(0).nonzero()[:, 0]
         if not len(anyone):
-            return Layout(shape, [], 1, 1)
+            return Layout(shape, [], 1, 1, self._bounds)
         k0, k1 = int(anyone[0]), int(anyone[-1]) + 1
         seen = seen.expand(*seen.shape[:3], shape.m)[..., k0:k1]
         whole = bool(seen.all())
         if self.mask.by_distance:
             self._known[-k0, shape.n, k1 - k0] = Veil(~seen)
         strips = self._strips(0, shape.n, k0, k1, [] if whole else [(0, k1 - k0)], not whole)
-        return Layout(shape, list(strips), 1, 1)
+        return Layout(shape, list(strips), 1, 1, self._bounds)
 
     def classified(self) -> Layout:
         """Strips from the mask's own answer for blocks; a row of blocks with holes is gathered."""
@@ -165,7 +180,8 @@ class _Cut:
                 strips += self._stairs(steps, groups)
         for groups, tasks in holes.items():
             strips += self._gathered(rows, tasks, groups)
-        return Layout(shape, strips, rows, COLUMNS) if holes else Layout(shape, strips, 1, 1)
+        multiples = (rows, COLUMNS) if holes else (1, 1)
+        return Layout(shape, strips, *multiples, self._bounds)
 
     def selected(self, selection: Selection) -> Layout:
         """Strips from chosen blocks: tasks of like length together, blocks that need no look first."""
@@ -174,6 +190,7 @@ class _Cut:
         split = chosen.shape[1] not in (1, shape.kv_heads)
         if split:
             shape = self.shape = shape.split_rep()
+            self._bounds = self._cut_groups(before.rep)
         nq, nk = -(-shape.n // rows), -(-shape.m // columns)
         chosen = chosen.expand(shape.batch, shape.kv_heads, nq, -1).reshape(shape.groups, nq, -1)
         codes = self.mask.blocks(self._span(rows, columns))
@@ -187,26 +204,28 @@ class _Cut:
         kind, order = kind.sort(stable=True, dim=-1, descending=True)  # full, partial, empty
         chosen = chosen.gather(-1, order).masked_fill(kind == EMPTY, -1).flatten(0, 1)
         length, full = (kind > EMPTY).sum(-1).flatten(), (kind == FULL).sum(-1).flatten()
-        by_length = length.argsort(descending=True, stable=True)[: int((length > 0).sum())]
-        lengths = length[by_length].tolist()
         strips: list[Piece] = []
-        start = 0
-        while start < len(lengths):
-            width = lengths[start]
-            tasks = by_length[start : start + max(1, self.grain.cells // (shape.rep * rows * columns * width))]
-            group = tasks // nq
-            key_group = group
-            if split:
-                key_group = group // before.heads * before.kv_heads + group % before.heads // before.rep
-            look = width - int(full[tasks].min())
-            strips.append(
-                Gathered(
-                    shape, group, key_group, tasks % nq, chosen[tasks, :width], rows, columns, look, self.mask,
-                    look == width,
-                )
-            )  # fmt: skip
-            start += len(tasks)
-        return Layout(shape, strips, rows, columns)
+        for first, last in itertools.pairwise([0, *self._bounds]):
+            mine = length[first * nq : last * nq]
+            by_length = first * nq + mine.argsort(descending=True, stable=True)[: int((mine > 0).sum())]
+            lengths = length[by_length].tolist()
+            start = 0
+            while start < len(lengths):
+                width = lengths[start]
+                tasks = by_length[start : start + max(1, self.grain.cells // (shape.rep * rows * columns * width))]
+                group = tasks // nq
+                key_group = group
+                if split:
+                    key_group = group // before.heads * before.kv_heads + group % before.heads // before.rep
+                look = width - int(full[tasks].min())
+                strips.append(
+                    Gathered(
+                        shape, group, key_group, tasks % nq, chosen[tasks, :width], rows, columns, look, self.mask,
+                        look == width,
+                    )
+                )  # fmt: skip
+                start += len(tasks)
+        return Layout(shape, strips, rows, columns, self._bounds)
 
     def _span(self, rows: int, columns: int, first: int = 0, last: int | None = None) -> Span:
         s = self.shape
@@ -237,8 +256,10 @@ class _Cut:
         step = max(self.grain.groups, self.grain.cells // max(1, cells))
         if self.all_heads:
             step = max(1, step // self.shape.kv_heads) * self.shape.kv_heads
-        for g in range(first, last, step):
-            yield g, min(g + step, last)
+        for bound in self._bounds:
+            for g in range(first, min(bound, last), step):
+                yield g, min(g + step, bound, last)
+            first = max(first, bound)
 
     def _strips(
         self, r0: int, rows: int, k0: int, k1: int, look: Runs, may_be_empty: bool,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import SpecError
-from .normalizers import HIDDEN, row_dot
+from .normalizers import row_dot
 from .tile import Part, Region, Tile
 
 
@@ -31,6 +31,7 @@ class Stat(Part):
     needs: frozenset[str] = frozenset()  # of "scores", "maximum", "lse"
     shortcut: frozenset[str] = frozenset()  # the same, for a cheaper way where the weights are an unedited softmax
     takes_factor = False  # can see weights that are still to be multiplied by a factor of each row
+    keys: frozenset[int] = frozenset()  # which of the tensors hold key numbers (int64, -1: none), for axis "rows"
     block = (1, 1)  # queries and keys per block, for axis "blocks"
 
     def __init__(self, name: str | None = None, edited: bool = True):
@@ -83,8 +84,8 @@ class Entropy(Stat):
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
         weights = tile.weights
         if tile.softmax and tile.scores is not None and tile.lse is not None:  # no logarithm: ln w = s - lse
-            mean = row_dot(weights, tile.scores)[..., 0]
-            return (torch.where(tile.lse == HIDDEN, 0, tile.lse - mean),)
+            entropy = tile.lse - row_dot(weights, tile.scores)[..., 0]
+            return (entropy.clamp_(min=0),)  # -inf for a row that sees nothing
         if torch.is_grad_enabled() and weights.requires_grad:
             safe = torch.where(weights > 0, weights, 1)
             return (-(safe * safe.log()).sum(-1),)
@@ -153,6 +154,8 @@ class Best(NamedTuple):
 class TopK(Stat):
     """The ``k`` greatest weights above 0 of each row, and their keys. Where there are fewer: weight 0, key -1."""
 
+    keys = frozenset({1})
+
     def __init__(self, k: int, name: str | None = None, edited: bool = True):
         super().__init__(name, edited)
         if k < 1:
@@ -175,7 +178,7 @@ class TopK(Stat):
         return (self.k,), (self.k,)
 
     def finish(self, *seen: Tensor) -> Best:
-        return Best(seen[0], seen[1].long())
+        return Best(seen[0], seen[1])
 
 
 class _BlockStat(Stat):

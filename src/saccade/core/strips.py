@@ -8,7 +8,8 @@ blocks, padded to the longest).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -76,6 +77,11 @@ class Strip:
     known: dict[tuple[int, int, int], Veil]  # what the mask hides, by place, if it depends on the distance alone
 
     @property
+    def first_group(self) -> int:
+        """The least of its groups."""
+        return self.g0
+
+    @property
     def tile(self) -> tuple[int, int, int, int]:
         """Shape of the tile."""
         return self.g1 - self.g0, self.shape.rep, self.r1 - self.r0, self.k1 - self.k0
@@ -84,12 +90,12 @@ class Strip:
         """Place of the tile, made anew: strips outlive their tiles, and what a place works out is as large as one."""
         whole, groups = self.shape.everywhere, slice(self.g0, self.g1)
         q, k = whole.q[:, :, self.r0 : self.r1], whole.k[..., self.k0 : self.k1]
-        return replace(whole, b=whole.b[groups], h=whole.h[groups], q=q, k=k, first=self.k0, found={})
+        return whole.but(b=whole.b[groups], h=whole.h[groups], q=q, k=k, first=self.k0, found={})
 
     def with_heads(self, at: At) -> At:
         """The place of a tile with the same rows and keys; what it has worked out is shared."""
         whole, groups = self.shape.everywhere, slice(self.g0, self.g1)
-        return replace(at, b=whole.b[groups], h=whole.h[groups])
+        return at.but(b=whole.b[groups], h=whole.h[groups])
 
     def beside(self, other: object) -> bool:
         """Has the other one the same rows and keys?"""
@@ -127,11 +133,11 @@ class Strip:
 
     def add_keys(self, whole: Tensor, piece: Tensor) -> None:
         """Add ``[g, m, D]`` to its keys of ``[groups, M, D]``."""
-        whole[self.g0 : self.g1, self.k0 : self.k1] += piece
+        whole[self.g0 : self.g1, self.k0 : self.k1].add_(piece)
 
     def add_columns(self, whole: Tensor, piece: Tensor) -> None:
         """Add ``[g, rep, m]`` to its keys of ``[groups, rep, M]``."""
-        whole[self.g0 : self.g1, :, self.k0 : self.k1] += piece
+        whole[self.g0 : self.g1, :, self.k0 : self.k1].add_(piece)
 
     def get_columns(self, whole: Tensor) -> Tensor:
         """The columns of ``[groups, rep, M]`` that :meth:`add_columns` adds to."""
@@ -182,6 +188,11 @@ class Stair:
     known: dict[tuple[int, int, int], Veil]
 
     @property
+    def first_group(self) -> int:
+        """The least of its groups."""
+        return self.group
+
+    @property
     def tile(self) -> tuple[int, int, int, int]:
         """Shape of the tile."""
         return self.steps, self.shape.rep, self.rows_each, self.width
@@ -191,7 +202,7 @@ class Stair:
         whole, group = self.shape.everywhere, slice(self.group, self.group + 1)
         q = whole.q[0, 0, self._rows].view(self.steps, 1, self.rows_each, 1)
         k = self._windows(whole.k[0, 0, 0])[:, None, None]
-        return replace(whole, b=whole.b[group], h=whole.h[group], q=q, k=k, first=None, found={})
+        return whole.but(b=whole.b[group], h=whole.h[group], q=q, k=k, first=None, found={})
 
     def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys: of every step what it hides of the first."""
@@ -236,12 +247,12 @@ class Stair:
     def add_keys(self, whole: Tensor, piece: Tensor) -> None:
         """Add ``[steps, width, D]`` to its keys of ``[groups, M, D]``."""
         for mine, part in zip(self._each(whole[self.group]), piece, strict=True):
-            mine += part
+            mine.add_(part)
 
     def add_columns(self, whole: Tensor, piece: Tensor) -> None:
         """Add ``[steps, rep, width]`` to its keys of ``[groups, rep, M]``."""
         for mine, part in zip(self._each(whole[self.group].mT), piece, strict=True):
-            mine += part.mT
+            mine.add_(part.mT)
 
     def get_columns(self, whole: Tensor) -> Tensor:
         """The columns of ``[groups, rep, M]`` that :meth:`add_columns` adds to."""
@@ -296,6 +307,11 @@ class Gathered:
     may_be_empty: bool
 
     @property
+    def first_group(self) -> int:
+        """The least of its groups."""
+        return int(self.group.min())
+
+    @property
     def tile(self) -> tuple[int, int, int, int]:
         """Shape of the tile."""
         return len(self.group), self.shape.rep, self.row_size, self.blocks.shape[1] * self.column_size
@@ -322,7 +338,7 @@ class Gathered:
         whole = self.shape.everywhere
         q = self._rows.clamp(max=self.shape.n - 1)[:, None, :, None]
         k = self._positions.clamp(max=self.shape.m - 1)[:, None, None, :]
-        return replace(whole, b=whole.b[self.group], h=whole.h[self.group], q=q, k=k, first=None, found={})
+        return whole.but(b=whole.b[self.group], h=whole.h[self.group], q=q, k=k, first=None, found={})
 
     def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys, or there are none."""
@@ -413,11 +429,21 @@ class Layout:
     row_multiple: int
     column_multiple: int
 
-    def places(self) -> Iterator[tuple[Piece, At]]:
-        """Every strip with its place; neighbours share what a place works out of rows and keys."""
+    bounds: list[int]  # where runs of groups end that share no strip
+
+    def runs(self) -> list[list[Piece]]:
+        """The strips of each run of groups: no two runs add to the same keys."""
+        found: list[list[Piece]] = [[] for _ in self.bounds]
+        for strip in self.strips:
+            found[bisect.bisect(self.bounds, strip.first_group)].append(strip)
+        return [strips for strips in found if strips]
+
+    @staticmethod
+    def places(strips: Iterable[Piece]) -> Iterator[tuple[Piece, At]]:
+        """Strips with their places; neighbours share what a place works out of rows and keys."""
         before: Piece | None = None
         at: At | None = None
-        for strip in self.strips:
+        for strip in strips:
             beside = at is not None and isinstance(strip, Strip) and strip.beside(before)
             at = strip.with_heads(at) if beside else strip.place()  # type: ignore[union-attr, arg-type]
             before = strip
@@ -428,6 +454,11 @@ class Layout:
         """Does some strip write every row?"""
         rows = -(-self.shape.n // self.row_multiple) * self.row_multiple
         return sum(s.tile[0] * s.tile[2] for s in self.strips) == self.shape.groups * rows
+
+    @cached_property
+    def most(self) -> int:
+        """Cells of the largest tile."""
+        return max((torch.Size(s.tile).numel() for s in self.strips), default=0)
 
     @property
     def visited(self) -> float:

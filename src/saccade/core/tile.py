@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +63,13 @@ class At:
 
     def moved(self, q: Tensor, k: Tensor, first: int | None = None) -> At:
         """The same heads at other queries and keys."""
-        return replace(self, q=q, k=k, first=first, found={})
+        return self.but(q=q, k=k, first=first, found={})
+
+    def but(self, **changed: Any) -> At:
+        """``dataclasses.replace`` in a tenth of its time: every tile has its place."""
+        place = object.__new__(At)
+        place.__dict__.update(self.__dict__, **changed)
+        return place
 
     @property
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,6 +245,12 @@ class Region:
         start, stop, _ = self.keys.indices(at.m)
         low = min(max(start - at.first, 0), width)
         return low, max(low, min(stop - at.first, width))
+
+    def is_columns(self, at: At) -> bool:
+        """Is the region, in this tile, all of the columns that :meth:`columns` gives?"""
+        keys = self.keys
+        ranged = at.first is not None and isinstance(keys, slice) and keys.step in (None, 1)
+        return ranged and self.queries is None and self.heads is None
 
     @staticmethod
     def _inside(chosen: Any, index: Tensor, size: int, name: str, at: At) -> Tensor:
