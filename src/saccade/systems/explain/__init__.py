@@ -1,0 +1,1 @@
+"""Systems that explain a model by its attention."""
