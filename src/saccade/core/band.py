@@ -235,7 +235,8 @@ def _forward(program: Program, layout: Layout, count: int, q: Tensor, k: Tensor,
     if count == 1 or any(stat.axis == "keys" for stat in program.stats):
         share(layout.runs(), work, count)
     else:
-        share([iter(layout.strips)] * count, work, count)  # whoever is free takes the next
+        # Whoever is free takes the next; the last ones first, which are a causal mask's longest.
+        share([reversed(layout.strips)] * count, work, count)
     return [out, *(x for tensors in whole for x in tensors)]
 
 
