@@ -1,6 +1,6 @@
 """saccade: attention as a small program that runs fast, trains, shows its weights and lets you change them."""
 
-from .core import edits, masks, normalizers, scores, selectors, stats
+from .core import distributed, edits, masks, normalizers, scores, selectors, stats
 from .core.attend import Explanation, attention, explain, weights
 from .core.errors import SpecError, Unsupported
 from .core.masks import block_map
@@ -19,6 +19,7 @@ __all__ = [
     "Unsupported",
     "attention",
     "block_map",
+    "distributed",
     "edit",
     "edits",
     "explain",
