@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from saccade import At, SpecError, block_map, masks
 from saccade.core.masks import EMPTY, FULL, PARTIAL, Mask, Span, as_mask
+from saccade.hosts.views import Placed
 from saccade.study.measure import peak_bytes
 
 LAWS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -95,6 +96,26 @@ def test_blocks_are_exact_where_a_closed_form_can_be(data, n, more, rows, column
         masks.Padding(keep), masks.Dilated(data.draw(size), data.draw(size)),
     ][mask]  # fmt: skip
     check_exact(chosen, 2, 1, n, m, rows, columns)
+
+
+@LAWS
+@given(st.data(), st.integers(1, 20), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9))
+def test_blocks_of_keys_that_lie_elsewhere_are_never_wrong(data, n, m, rows, columns):
+    """A cache holds some tokens, in any order; queries are the last of those seen."""
+    seen = 60
+    places = st.lists(st.integers(-1, seen - 1), min_size=m, max_size=m)
+    positions = torch.tensor([[data.draw(places) for _ in range(2)] for _ in range(2)])
+    inner = data.draw(st.sampled_from([masks.Causal(), masks.Causal() & masks.Window(9), masks.Full()]))
+    mask = Placed(inner, positions)
+    at = At.everywhere(2, 4, n, m, seen - n, True, torch.device("cpu"))
+    said = mask.blocks(Span.grid(n, m, rows, columns, offset=seen - n, batch=2, heads=4))
+    truth = mask.visible(at).expand(2, 4, n, m)
+    for i, j in itertools.product(range(said.shape[2]), range(said.shape[3])):
+        block = truth[:, :, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].flatten(2)
+        assert not (block.any(-1) & (said[:, :, i, j] == EMPTY)).any()
+        assert not (~block.all(-1) & (said[:, :, i, j] == FULL)).any()
+        if isinstance(inner, masks.Causal) and bool((positions >= 0).all()):
+            assert torch.equal(said[:, :, i, j] == FULL, block.all(-1))
 
 
 AXIS = st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.booleans())

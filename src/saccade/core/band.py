@@ -122,7 +122,7 @@ class _Scratch:
 def _scores(program: Program, strip: Piece, q: Tensor, k: Tensor, scratch: _Scratch) -> Tensor:
     """Scores of a strip in the accumulation dtype (in the input's own if the program is plain)."""
     scale = program.form.scale(q.shape[-1])
-    rows, keys = strip.rows(q), strip.keys(k)
+    rows, keys = strip.rows(q), strip.keys(k, scratch)
     if scale is None:
         _, rep, n, _ = strip.tile
         tile = program.form.tile(rows.unflatten(1, (rep, n)), keys[:, None])
@@ -153,14 +153,16 @@ def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def _put_values(strip: Piece, weights: Tensor, v: Tensor, factor: Tensor | None, out: Tensor) -> None:
+def _put_values(
+    strip: Piece, weights: Tensor, v: Tensor, factor: Tensor | None, out: Tensor, scratch: _Scratch
+) -> None:
     """Write weights times values (times a factor of each row) to the strip's rows of ``[groups, rep, N, D]``."""
     g, rep, n, m = strip.tile
     flat = weights.reshape(g, rep * n, m).to(v.dtype)
     if rep == 1 and factor is None and isinstance(strip, Strip) and _one_by_one(flat):
         _product(flat, strip.keys(v), strip.get_rows(out)[:, 0])
         return
-    values = _product(flat, strip.keys(v), v.new_empty(g, rep * n, v.shape[-1])).view(g, rep, n, -1)
+    values = _product(flat, strip.keys(v, scratch), v.new_empty(g, rep * n, v.shape[-1])).view(g, rep, n, -1)
     strip.put_rows(out, values if factor is None else values.mul_(factor))
 
 
@@ -229,7 +231,7 @@ def _forward(program: Program, layout: Layout, count: int, q: Tensor, k: Tensor,
         for strip, at in layout.places(strips):
             tile = _scores(program, strip, q, k, scratch)
             weights, seen, factor = program.fast(tile, at, strip.hidden(at), _may_be_empty(program, strip), scratch)
-            _put_values(strip, weights, v, factor, out)
+            _put_values(strip, weights, v, factor, out, scratch)
             places.put(strip, whole, seen)
 
     if count == 1 or any(stat.axis == "keys" for stat in program.stats):

@@ -212,7 +212,7 @@ class _Cut:
             start = 0
             while start < len(lengths):
                 width = lengths[start]
-                tasks = by_length[start : start + max(1, self.grain.cells // (shape.rep * rows * columns * width))]
+                tasks = by_length[start : start + max(1, self._gathered_cells // (shape.rep * rows * columns * width))]
                 group = tasks // nq
                 key_group = group
                 if split:
@@ -221,11 +221,16 @@ class _Cut:
                 strips.append(
                     Gathered(
                         shape, group, key_group, tasks % nq, chosen[tasks, :width], rows, columns, look, self.mask,
-                        look == width,
+                        look == width, self._known,
                     )
                 )  # fmt: skip
                 start += len(tasks)
         return Layout(shape, strips, rows, columns, self._bounds)
+
+    @property
+    def _gathered_cells(self) -> int:
+        """Half a tile: the keys and values that are brought together for it are about as large."""
+        return self.grain.cells // 2
 
     def _span(self, rows: int, columns: int, first: int = 0, last: int | None = None) -> Span:
         s = self.shape
@@ -293,7 +298,7 @@ class _Cut:
         tasks = sorted(tasks, key=lambda task: len(task[1]) + len(task[2]))
         cells = shape.rep * rows * longest * COLUMNS
         for g0, g1 in self._group_runs(cells, groups):
-            step = max(1, self.grain.cells // (cells * (g1 - g0)))
+            step = max(1, self._gathered_cells // (cells * (g1 - g0)))
             group = torch.arange(g0, g1, device=shape.device)
             for start in range(0, len(tasks), step):
                 chunk = tasks[start : start + step]
@@ -307,7 +312,7 @@ class _Cut:
                     shape, group.repeat(len(chunk)), group.repeat(len(chunk)),
                     torch.tensor([r for r, _, _ in chunk], device=shape.device).repeat_interleave(len(group)),
                     torch.tensor(lists, device=shape.device).repeat_interleave(len(group), 0),
-                    rows, COLUMNS, look, self.mask, look == width,
+                    rows, COLUMNS, look, self.mask, look == width, self._known,
                 )  # fmt: skip
 
 

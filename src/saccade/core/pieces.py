@@ -46,8 +46,8 @@ class Place:
 
         What is found there is kept for the next part: no part sees the piece's own numbers.
         """
-        return replace(
-            at, q=at.q + self.q, k=at.k + self.k, n=self.n, m=self.m, offset=self.offset, counted=self.counted,
+        return at.but(
+            q=at.q + self.q, k=at.k + self.k, n=self.n, m=self.m, offset=self.offset, counted=self.counted,
             first=None if at.first is None else at.first + self.k, found=at.found,
         )  # fmt: skip
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .masks import Mask
-from .program import Hidden, Veil
-from .tile import At
+from .program import Hidden, Scratch, Veil
+from .tile import At, Later
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Strip:
         piece = x[self.g0 : self.g1, :, self.r0 : self.r1]
         return piece.reshape(piece.shape[0], -1, piece.shape[-1])
 
-    def keys(self, x: Tensor) -> Tensor:
+    def keys(self, x: Tensor, room: Scratch | None = None) -> Tensor:
         """Keys of ``[groups, M, D]``."""
         return x[self.g0 : self.g1, self.k0 : self.k1]
 
@@ -232,7 +232,7 @@ class Stair:
         """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[steps, rep * rows, D]``."""
         return self.get_rows(x).flatten(1, 2)
 
-    def keys(self, x: Tensor) -> Tensor:
+    def keys(self, x: Tensor, room: Scratch | None = None) -> Tensor:
         """Keys of ``[groups, M, D]``: ``[steps, width, D]``."""
         return self._windows(x[self.group])
 
@@ -305,6 +305,7 @@ class Gathered:
     partial_blocks: int
     mask: Mask
     may_be_empty: bool
+    known: dict[tuple[int, int, int], Veil]
 
     @property
     def first_group(self) -> int:
@@ -316,16 +317,15 @@ class Gathered:
         """Shape of the tile."""
         return len(self.group), self.shape.rep, self.row_size, self.blocks.shape[1] * self.column_size
 
-    @property
+    @cached_property
     def _key_blocks(self) -> Tensor:
         """Flat numbers ``[T * s]`` of the key blocks among all groups' blocks."""
         count = -(-self.shape.m // self.column_size)
         return (self.key_group[:, None] * count + self.blocks.clamp(min=0)).flatten()
 
-    @property
-    def _positions(self) -> Tensor:
-        """Padded key positions ``[T, s * column_size]``."""
-        k = self.blocks.clamp(min=0)[..., None] * self.column_size
+    def _positions(self, blocks: Tensor) -> Tensor:
+        """Padded positions ``[T, s * column_size]`` of the keys of some of the blocks."""
+        k = blocks.clamp(min=0)[..., None] * self.column_size
         return (k + torch.arange(self.column_size, device=k.device)).flatten(1)
 
     @property
@@ -335,39 +335,79 @@ class Gathered:
 
     def place(self) -> At:
         """Place of the tile; padding repeats the last row and key, and :meth:`hidden` hides it."""
+        return self._place(self.blocks)
+
+    def _place(self, blocks: Tensor) -> At:
         whole = self.shape.everywhere
-        q = self._rows.clamp(max=self.shape.n - 1)[:, None, :, None]
-        k = self._positions.clamp(max=self.shape.m - 1)[:, None, None, :]
-        return whole.but(b=whole.b[self.group], h=whole.h[self.group], q=q, k=k, first=None, found={})
+        return Later.of(
+            whole,
+            b=lambda: whole.b[self.group],
+            h=lambda: whole.h[self.group],
+            q=lambda: self._rows.clamp(max=self.shape.n - 1)[:, None, :, None],
+            k=lambda: self._positions(blocks).clamp(max=self.shape.m - 1)[:, None, None, :],
+        )
 
     def hidden(self, at: At) -> list[Hidden]:
         """Where the mask hides keys, or there are none."""
-        positions = self._positions
-        width = positions.shape[1]
-        start = width - self.partial_blocks * self.column_size
-        if start == width:
+        if not self.partial_blocks:
             return []
-        keys = (self.blocks >= 0).repeat_interleave(self.column_size, 1) & (positions < self.shape.m)
-        seen = self.mask.visible(at.columns(start, width)) & keys[:, None, None, start:]
-        seen = seen & (self._rows < self.shape.n)[:, None, :, None]
-        return [Hidden(start, width, Veil(~seen))]
+        width = self.blocks.shape[1] * self.column_size
+        looked = self.blocks[:, -self.partial_blocks :]
+        start = width - looked.shape[1] * self.column_size
+        place = self._place_of_all(looked)
+        if place is not None and place in self.known:
+            return [Hidden(start, width, self.known[place])]
+        positions = self._positions(looked)
+        here = self._place(looked)
+        seen = self.mask.visible(here.but(q=here.q[:1], k=here.k[:1]) if place is not None else here)
+        if place is None:
+            seen = (
+                seen
+                & ((looked >= 0).repeat_interleave(self.column_size, 1) & (positions < self.shape.m))[:, None, None]
+            )
+            seen = seen & (self._rows < self.shape.n)[:, None, :, None]
+        veil = Veil(~seen)
+        if place is not None:
+            self.known[place] = veil
+        return [Hidden(start, width, veil)]
+
+    def _place_of_all(self, looked: Tensor) -> tuple[int, int, int] | None:
+        """How far the block to look at lies from the rows, if that is all the mask asks and the same for all tasks."""
+        if not self.mask.by_distance or looked.shape[1] > 1:
+            return None
+        ends = (looked[:, 0] + 1) * self.column_size, (self.row_block + 1) * self.row_size
+        away = self.row_block * self.row_size - looked[:, 0] * self.column_size
+        whole = (looked[:, 0] >= 0).all() & (ends[0] <= self.shape.m).all() & (ends[1] <= self.shape.n).all()
+        if not bool(whole & (away == away[0]).all()):
+            return None
+        return int(away[0]), self.row_size, self.column_size
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[T, rep * row_size, D]``."""
         return self.get_rows(x).flatten(1, 2)
 
-    def keys(self, x: Tensor) -> Tensor:
-        """Keys of ``[key groups, M, D]``: ``[T, s * column_size, D]``."""
-        flat = x.reshape(-1, self.column_size * x.shape[-1]).index_select(0, self._key_blocks)
-        return flat.view(len(self.group), -1, x.shape[-1])
+    def keys(self, x: Tensor, room: Scratch | None = None) -> Tensor:
+        """Keys of ``[key groups, M, D]``: ``[T, s * column_size, D]``, in a buffer of ``room`` if given."""
+        flat = x.reshape(-1, self.column_size * x.shape[-1])
+        out = None if room is None else room((len(self._key_blocks), flat.shape[1]), x.dtype, "keys")
+        return torch.index_select(flat, 0, self._key_blocks, out=out).view(len(self.group), -1, x.shape[-1])
+
+    @cached_property
+    def _row_blocks(self) -> Tensor:
+        """Flat numbers ``[T * rep]`` of the row blocks among all heads' blocks."""
+        head = self.group[:, None] * self.shape.rep + torch.arange(self.shape.rep, device=self.group.device)
+        return (head * -(-self.shape.n // self.row_size) + self.row_block[:, None]).flatten()
 
     def put_rows(self, whole: Tensor, piece: Tensor) -> None:
         """Write ``[T, rep, row_size, ...]`` to its rows of ``[groups, rep, N, ...]``."""
-        whole.unflatten(2, (-1, self.row_size))[self.group, :, self.row_block] = piece
+        width = self.row_size * whole[0, 0, 0].numel()
+        whole.view(-1, width).index_copy_(0, self._row_blocks, piece.reshape(-1, width))
 
     def get_rows(self, whole: Tensor) -> Tensor:
         """Read what :meth:`put_rows` wrote."""
-        return whole.unflatten(2, (-1, self.row_size))[self.group, :, self.row_block]
+        width = self.row_size * whole[0, 0, 0].numel()
+        found = whole.reshape(-1, width).index_select(0, self._row_blocks)
+        return found.view(len(self.group), self.shape.rep, self.row_size, *whole.shape[3:])
 
     def add_keys(self, whole: Tensor, piece: Tensor) -> None:
         """Add ``[T, s * column_size, D]`` to its keys of ``[key groups, M, D]``."""
@@ -386,7 +426,7 @@ class Gathered:
     def _columns(self, whole: Tensor) -> Tensor:
         rep = self.shape.rep
         head = self.group[:, None] * rep + torch.arange(rep, device=whole.device)
-        return head[..., None] * whole.shape[-1] + self._positions[:, None]
+        return head[..., None] * whole.shape[-1] + self._positions(self.blocks)[:, None]
 
     def put_blocks(self, whole: Tensor, piece: Tensor, rows: int) -> None:
         """Write ``[T, rep, row_size / rows, nk]`` to its row blocks."""
@@ -403,7 +443,7 @@ class Gathered:
         """Write the chosen rows of a tile to ``[groups, rep, len(chosen), M]``."""
         for i, row in enumerate(chosen):
             tasks = self._tasks(row)
-            where = self._positions[tasks][:, None].expand(-1, self.shape.rep, -1)
+            where = self._positions(self.blocks[tasks])[:, None].expand(-1, self.shape.rep, -1)
             line = whole[self.group[tasks], :, i].scatter_add(-1, where, tile[tasks, :, row % self.row_size])
             whole[self.group[tasks], :, i] = line
 
@@ -412,7 +452,7 @@ class Gathered:
         tile = whole.new_zeros(self.tile)
         for i, row in enumerate(chosen):
             tasks = self._tasks(row)
-            where = self._positions[tasks][:, None].expand(-1, self.shape.rep, -1)
+            where = self._positions(self.blocks[tasks])[:, None].expand(-1, self.shape.rep, -1)
             tile[tasks, :, row % self.row_size] += whole[self.group[tasks], :, i].gather(-1, where)
         return tile
 

@@ -67,7 +67,7 @@ class At:
 
     def but(self, **changed: Any) -> At:
         """``dataclasses.replace`` in a tenth of its time: every tile has its place."""
-        place = object.__new__(At)
+        place = object.__new__(type(self))
         place.__dict__.update(self.__dict__, **changed)
         return place
 
@@ -101,6 +101,27 @@ class At:
             offset,
             counted,
         )
+
+
+class Later(At):
+    """A place whose index tensors are made when somebody asks for them: often nobody does."""
+
+    def __init__(self) -> None:  # made by `of` alone
+        raise NotImplementedError
+
+    @staticmethod
+    def of(whole: At, **makers: Callable[[], Tensor]) -> Later:
+        """A place in the same matrix, from functions for ``b``, ``h``, ``q`` and ``k``."""
+        place = object.__new__(Later)
+        facts = {name: value for name, value in vars(whole).items() if name not in makers}
+        place.__dict__.update(facts, first=None, found={}, makers=makers)
+        return place
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("b", "h", "q", "k"):
+            raise AttributeError(name)
+        self.__dict__[name] = made = self.__dict__["makers"][name]()
+        return made
 
 
 @dataclass

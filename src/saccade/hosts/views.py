@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.errors import Unsupported
-from ..core.masks import And, Causal, Full, Function, Given, Mask, Or, Padding, Span, Window
+from ..core.masks import EMPTY, PARTIAL, And, Causal, Full, Function, Given, Mask, Or, Padding, Span, Window
 from ..core.tile import At
 
 FOREVER = 2**40  # a window side that never ends
@@ -153,8 +153,25 @@ class Placed(Mask):
         return self.inner.visible(at.moved(at.q, k.clamp(min=0))) & (k >= 0)
 
     def blocks(self, span: Span) -> Tensor:
-        """All must be looked at."""
-        return torch.ones(len(span.q_lo), span.k_lo.shape[1], dtype=torch.int8, device=span.q_lo.device)
+        """Codes of the inner mask for the range of positions that each block holds, ``[B, Hkv * rep, nq, nk]``."""
+        width = int((span.k_hi - span.k_lo).max()) + 1
+        within = span.k_lo[0][:, None] + torch.arange(width, device=span.k_lo.device)
+        held = self.positions[..., torch.minimum(within, span.k_hi[0][:, None])]  # [B, Hkv, nk, width]
+        least = held.masked_fill(held < 0, torch.iinfo(held.dtype).max).amin(-1)
+        most, whole = held.amax(-1), (held >= 0).all(-1)
+        samples = []
+        for b in range(len(held)):
+            heads = []
+            for h in range(held.shape[1]):
+                high = most[b, h][None]
+                moved = replace(span, k_lo=torch.minimum(least[b, h][None], high.clamp(min=0)), k_hi=high.clamp(min=0))
+                found = self.inner.blocks(moved)
+                if found.ndim == 4:  # of samples and heads of its own: look where they differ
+                    low, top = found.amin((0, 1)), found.amax((0, 1))
+                    found = torch.where(low == top, low, PARTIAL).to(low.dtype)
+                heads.append(found.clamp(max=1 + whole[b, h].to(found.dtype)).masked_fill(high < 0, EMPTY))
+            samples.append(torch.stack(heads))
+        return torch.stack(samples).repeat_interleave(span.heads // held.shape[1], 1)
 
 
 class Shifted(Mask):
