@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -9,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.worlds.recall import KEYS, TASKS, copy, lookup, needle, recall
+from saccade.worlds.recall import KEYS, WORLDS, aggregation, copy, lookup, needle, passkey, recall, tracking
 from saccade.worlds.text import BOS, decode, encode, heldout, text
 
 PROSE = b"It was a bright cold day, and the clocks were striking. " * 60
 
 
-@given(task=st.sampled_from(sorted(TASKS)), length=st.integers(96, 3000), seed=st.integers(-(2**40), 2**40))
+@given(task=st.sampled_from(sorted(WORLDS)), length=st.integers(280, 3000), seed=st.integers(-(2**40), 2**40))
 @settings(max_examples=150, deadline=None)
 def test_answers_equal_their_evidence_and_lengths_are_exact(task: str, length: int, seed: int) -> None:
-    for example in islice(TASKS[task](length, seed), 2):
+    for example in islice(WORLDS[task](length, seed), 2):
         tokens = example.tokens
         assert tokens.shape == (length,) and tokens.dtype == torch.int64
         assert tokens[0] == BOS and bool((tokens[1:] < 256).all())
@@ -29,7 +31,7 @@ def test_answers_equal_their_evidence_and_lengths_are_exact(task: str, length: i
         assert max(a.stop for a in example.answers) == length
 
 
-@pytest.mark.parametrize("task", [*TASKS.values(), text])
+@pytest.mark.parametrize("task", [*WORLDS.values(), text])
 def test_a_seed_names_one_stream(task) -> None:
     first, again, other = ([e.tokens for e in islice(task(300, seed), 4)] for seed in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -115,6 +117,52 @@ def test_copy_says_its_string_twice(depth: float) -> None:
     (a,) = example.answers
     said = decode(example.tokens[a.start : a.stop])
     assert len(said) == 40 and decode(example.tokens).count(f"\nCopy: {said}") == 2
+
+
+@given(depth=st.floats(0, 1), seed=st.integers(0, 100), length=st.integers(280, 2000))
+@settings(max_examples=30, deadline=None)
+def test_a_pass_key_lies_at_its_depth_among_what_is_said_over_and_over(depth: float, seed: int, length: int) -> None:
+    example = next(passkey(length, seed, depth=depth))
+    (a,) = example.answers
+    page = decode(example.tokens)
+    key = decode(example.tokens[a.start : a.stop])
+    assert page.count(key) == 3 and page.endswith(f"What is the pass key? The pass key is {key}")
+    said = f"The pass key is {key}. Remember it. {key} is the pass key.\n"
+    before, after = page.split(said)
+    _, body = before.split("there.\n")
+    rest = body + after.removesuffix(f"What is the pass key? The pass key is {key}")
+    assert abs(len(body) - depth * len(rest)) <= 0.5 + 1e-9
+    assert (
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n" * 30
+    ).startswith(rest)
+
+
+@given(hops=st.integers(1, 5), chains=st.integers(1, 4), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_a_tracked_variable_leads_back_to_its_value(hops: int, chains: int, seed: int) -> None:
+    example = next(tracking(1500, seed, hops=hops, chains=chains, haystack=PROSE))
+    *lines, (asked, value) = re.findall(r"VAR (\w+) = (\w+)", decode(example.tokens))
+    known = dict(lines)
+    assert len(known) == len(lines) == chains * (hops + 1)
+    seen, steps = asked, 0
+    for name, said in lines:  # every name is explained by one before it
+        assert said.isdigit() or said in dict(lines[: lines.index((name, said))])
+    while not seen.isdigit():
+        seen, steps = known[seen], steps + 1
+    assert seen == value and steps == hops + 1
+    (a,) = example.answers
+    assert decode(example.tokens[a.evidence_start - 1 - len("VAR ab = ") + 1 : a.evidence_start]).endswith(" = ")
+
+
+@given(length=st.integers(60, 2000), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_one_word_stands_more_often_than_all_others(length: int, seed: int) -> None:
+    page = decode(next(aggregation(length, seed)).tokens)
+    words, answer = page.split("\nMost often: ")
+    (first, often), (_, next_often) = Counter(words.split()).most_common(2)
+    assert first == answer and next_often == 1 and often == max(2, len(words.split()) // 10)
+    with pytest.raises(ValueError, match="times to be 1 to"):
+        next(aggregation(length, seed, times=1000))
 
 
 def test_prose_around_a_needle_is_the_haystack_given() -> None:

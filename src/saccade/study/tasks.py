@@ -23,7 +23,7 @@ from ..worlds import recall
 from ..worlds.text import BOS, Example, decode, encode, heldout, text
 
 TEXT = "text"
-NAMES = (TEXT, *recall.TASKS)
+NAMES = (TEXT, *recall.WORLDS)
 DEFAULT = (TEXT, "needle", "recall", "copy")
 
 
@@ -124,7 +124,7 @@ def vocabulary(model: Any, tokenizer: Any) -> Bytes | Tokens:
 def _examples(task: str, length: int, seed: int) -> Iterator[Example]:
     if task == TEXT:
         return text(length, seed)
-    make: Callable[..., Iterator[Example]] = recall.TASKS[task]
+    make: Callable[..., Iterator[Example]] = recall.WORLDS[task]
     return make(length, seed)
 
 

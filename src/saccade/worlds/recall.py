@@ -8,6 +8,13 @@ where the very same bytes stand.
     recall   "AB37;" pairs among filler, then "?AB37" for every key in another order (MQAR)
     lookup   the same pairs, one of them asked: at which depth is up to the caller ("lost in the middle")
     copy     "\\nCopy: w8fKq.\\n" in prose, to be said again at the end
+
+More of them, on which the zoo's model was not trained:
+
+    passkey      the pass key among sentences said over and over (Landmark attention, arXiv:2305.16300)
+    tracking     "VAR ab = 3712", "VAR cd = ab", ...: the value at the end of a chain (after RULER, arXiv:2404.06654,
+                 which asks for all names of a value)
+    aggregation  words, one of them several times: which? (after RULER's common words)
 """
 
 from __future__ import annotations
@@ -18,10 +25,18 @@ from collections.abc import Callable, Iterator
 
 from .text import BOS, Answer, Example, encode, heldout, window
 
-__all__ = ["BOS", "TASKS", "Answer", "Example", "copy", "lookup", "needle", "recall"]
+__all__ = [
+    "BOS", "TASKS", "WORLDS", "Answer", "Example", "aggregation", "copy", "lookup", "needle", "passkey", "recall",
+    "tracking",
+]  # fmt: skip
 
 LETTERS = string.ascii_lowercase
 KEYS = [a + b for a in string.ascii_uppercase for b in string.ascii_uppercase]
+PASSKEY = (
+    b"There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
+    b" I will quiz you about the important information there.\n"
+)
+GARBAGE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 PAIR = len("AB37;")
 """Bytes of a pair, and of a query "?AB37"."""
 
@@ -123,12 +138,90 @@ def copy(
         yield Example(encode(page), tuple(answers))
 
 
+def passkey(length: int, seed: int | str, *, depth: float | None = None, digits: int = 5) -> Iterator[Example]:
+    """One pass key between the same few sentences, over and over; tokens [length]. depth: as for :func:`needle`."""
+    _check_count("passkey", "digits", digits)
+    _check_depth("passkey", depth, 1)
+    rng = random.Random(f"passkey/{seed}")
+    while True:
+        key = "".join(rng.choices(string.digits, k=digits))
+        said = f"The pass key is {key}. Remember it. {key} is the pass key.\n".encode()
+        asked = f"What is the pass key? The pass key is {key}".encode()
+        filler = _room("passkey", length, len(PASSKEY) + len(said) + len(asked))
+        same = (GARBAGE * (filler // len(GARBAGE) + 1))[:filler]
+        page, at = _scatter([said], same, depth, rng)
+        page = bytearray(PASSKEY) + page + asked
+        yield Example(encode(page), (_answer(page, digits, len(PASSKEY) + at[0] + len("The pass key is ")),))
+
+
+def tracking(
+    length: int,
+    seed: int | str,
+    *,
+    hops: int = 2,
+    chains: int = 1,
+    digits: int = 4,
+    haystack: bytes | None = None,
+) -> Iterator[Example]:
+    """Variables in prose, each named after one before; tokens [length].
+
+    hops: how many names lie between the one asked and the value; chains: values with so many names each, mixed, one
+    of which is asked.
+    """
+    _check_count("tracking", "hops", hops, 20)
+    _check_count("tracking", "chains", chains, 20)
+    _check_count("tracking", "digits", digits)
+    rng = random.Random(f"tracking/{seed}")
+    haystack = heldout() if haystack is None else haystack
+    while True:
+        names = iter(rng.sample(KEYS, chains * (hops + 1)))
+        values = ["".join(rng.choices(string.digits, k=digits)) for _ in range(chains)]
+        lines = []
+        for value in values:
+            chain = [next(names).lower() for _ in range(hops + 1)]
+            lines.append([f"\nVAR {a} = {b}.\n".encode() for a, b in zip(chain, [value, *chain], strict=False)])
+        asked = rng.randrange(chains)
+        last = lines[asked][-1].split()[1].decode()
+        end = f"\nVAR {last} = {values[asked]}".encode()
+        order = [chain for chain in range(chains) for _ in range(hops + 1)]
+        rng.shuffle(order)  # chains are mixed, and each keeps its order
+        left = [iter(chain) for chain in lines]
+        mixed = [next(left[chain]) for chain in order]
+        filler = _room("tracking", length, sum(map(len, mixed)) + len(end))
+        page, at = _scatter(mixed, window(haystack, filler, rng), None, rng)
+        start = at[order.index(asked)] + len("\nVAR ab = ")
+        page += end
+        yield Example(encode(page), (_answer(page, digits, start),))
+
+
+def aggregation(length: int, seed: int | str, *, times: int | None = None) -> Iterator[Example]:
+    """Words of three letters, one of them said ``times`` (by default a tenth of all), all others once; [length]."""
+    word = len(" abc")
+    rng = random.Random(f"aggregation/{seed}")
+    while True:
+        count = _room("aggregation", length, len("\nMost often: abc") + 2 * word) // word + 2
+        often = max(2, count // 10) if times is None else times
+        _check_count("aggregation", "times", often, count)
+        others = rng.sample(range(26**3), count - often + 1)
+        words = ["".join(LETTERS[n // 26**i % 26] for i in range(3)) for n in others]
+        said = [words[0]] * (often - 1) + words
+        rng.shuffle(said)
+        page = bytearray("".join(f" {w}" for w in said).encode())
+        page += b" " * (length - 1 - len(page) - len("\nMost often: abc"))
+        place = page.rindex(f" {words[0]}".encode()) + 1
+        page += f"\nMost often: {words[0]}".encode()
+        yield Example(encode(page), (_answer(page, 3, place),))
+
+
 TASKS: dict[str, Callable[..., Iterator[Example]]] = {
     "needle": needle,
     "recall": recall,
     "lookup": lookup,
     "copy": copy,
 }
+"""What the zoo's model is trained on."""
+
+WORLDS = TASKS | {"passkey": passkey, "tracking": tracking, "aggregation": aggregation}
 
 
 def _pass_key(name: str, digits: str) -> bytes:
