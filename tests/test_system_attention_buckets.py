@@ -7,8 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from saccade import SpecError, Unsupported
+from saccade.study.curves import compare_curves, position_curve, reuse
 from saccade.study.hosted_laws import small_model, some_tokens
-from saccade.systems.llm.attention_buckets import AttentionBuckets, compare_curves, fuse, position_curve, reuse
+from saccade.systems.llm.attention_buckets import AttentionBuckets, fuse
 from saccade.worlds import recall
 
 torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..cache import Cache, Policy
 from ..worlds import recall
 from ..worlds.text import heldout
+from .probes import embedded
 
 STEPS = 16
 
@@ -69,14 +70,6 @@ def decoding(make: Callable[[], tuple[Policy, int]], prompt: int, batch: int = 1
     }  # fmt: skip
 
 
-def _embedded() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from ..zoo import path
-
-    return AutoModelForCausalLM.from_pretrained(path("lm"), dtype=torch.float32).eval()
-
-
 @torch.no_grad()
 def needles(
     make: Callable[[int], tuple[Policy, int]], lengths: tuple[int, ...] = (512, 1024, 2048), examples: int = 12
@@ -85,7 +78,7 @@ def needles(
 
     The page with its question is the prompt; the answer is decoded, each byte given the true ones before it.
     """
-    model = _embedded()
+    model = embedded()
     right: dict[str, list[bool]] = {"dense": [], "kept": []}
     for length in lengths:
         for example in islice(recall.needle(length, 5), examples):
@@ -110,7 +103,7 @@ def _answers(model: Any, cache: Cache, tokens: Tensor, start: int, stop: int) ->
 @torch.no_grad()
 def ages(make: Callable[[], Policy], length: int = 1024, budget: int = 256) -> float:
     """Mean place in the text (0 the first token, 1 the last) of the tokens that the embedded model's cache keeps."""
-    model = _embedded()
+    model = embedded()
     tokens = torch.tensor([[256, *heldout()[5000 : 5000 + length - 1]]])
     with Cache(model, make(), budget=budget) as cache:
         model(tokens, past_key_values=cache, logits_to_keep=1)

@@ -66,12 +66,10 @@ class SpAtten(MethodSystem):
     @torch.no_grad()
     def claim(self) -> ClaimNumbers:
         """As in the official workload, prose of 993 tokens and 31 steps; and the digits of needles, in single steps."""
-        from transformers import AutoModelForCausalLM
-
-        from ... import zoo
+        from ...study import probes
         from ...worlds import recall, text
 
-        model = AutoModelForCausalLM.from_pretrained(zoo.path("lm"), dtype=torch.float32).eval()
+        model = probes.embedded()
         worlds = [(text.text(1024, 5), 31), *((recall.needle(length, 5), 4) for length in (512, 1024, 2048))]
         pages = [(torch.stack([e.tokens for e in islice(world, 12)]), count) for world, count in worlds]
 

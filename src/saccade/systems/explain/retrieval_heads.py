@@ -64,12 +64,10 @@ class RetrievalHeads(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """Scores on needles in 256 to 1024 tokens; recall in 512 without these heads, and without as many others."""
-        from transformers import AutoModelForCausalLM
-
-        from ... import zoo
+        from ...study import probes
         from ...worlds.recall import needle
 
-        model = AutoModelForCausalLM.from_pretrained(zoo.path("lm"), dtype=torch.float32).eval()
+        model = probes.embedded()
         scores = retrieval_scores(model, [e for n in (256, 512, 1024) for e in islice(needle(n, "detect"), 12)])
         found = retrieval_heads(scores)
         others = [pair for pair in pairs(scores) if pair not in found]

@@ -71,11 +71,9 @@ class ACT(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """The byte that follows 63 of held-out prose: heads chosen on 200 texts, accuracy with and without on 600."""
-        from transformers import AutoModelForCausalLM
+        from ...study import probes
 
-        from ... import zoo
-
-        model = AutoModelForCausalLM.from_pretrained(zoo.path("lm"), dtype=torch.float32).eval()
+        model = probes.embedded()
         seen, unseen = prose(64, "calibration", 200), prose(64, "test", 600)
         chosen = choose(model, lambda m: float(right(m, *seen).float().mean()))
         base = right(model, *unseen)

@@ -81,12 +81,10 @@ class DeCoRe(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """One-letter changes to held-out prose, in a string to be copied: how often is the changed letter said?"""
-        from transformers import AutoModelForCausalLM
-
-        from ... import zoo
+        from ...study import probes
         from ...worlds.recall import needle
 
-        model = AutoModelForCausalLM.from_pretrained(zoo.path("lm"), dtype=torch.float32).eval()
+        model = probes.embedded()
         heads = retrieval_heads(retrieval_scores(model, islice(needle(256, "detect"), 24)))
         tests = list(islice(counterfactuals(256, "test"), 400))
         prompts = torch.stack([example.tokens for example, _ in tests])

@@ -95,11 +95,9 @@ class Pine(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """Key-value pairs, each in a segment of its own, asked for with the segments in several orders."""
-        from transformers import AutoModelForCausalLM
+        from ...study import probes
 
-        from ... import zoo
-
-        model = AutoModelForCausalLM.from_pretrained(zoo.path("lm"), dtype=torch.float32).eval()
+        model = probes.embedded()
         rng, apart, right = random.Random("pine"), {"plain": 0.0, "pine": 0.0}, {"plain": 0.0, "pine": 0.0}
         for _ in range(PROMPTS):
             parts, question, wanted = _segments(rng)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from ...core.errors import SpecError, Unsupported
 from ...hosts.acts import pick
 from ...hosts.handles import host_of
 from ..base import ClaimNumbers, MethodSystem
-from .attention_buckets import SURE, compare_curves, position_curve, rounded
 
 
 class PositionalHidden(MethodSystem):
@@ -104,11 +104,9 @@ class PositionalHidden(MethodSystem):
 
         The search is the paper's: candidates by their course, then the one with the least loss on held-out questions.
         """
-        from transformers import AutoModelForCausalLM
+        from ...study import curves, probes
 
-        from ... import zoo
-
-        model = AutoModelForCausalLM.from_pretrained(zoo.path("lm"), dtype=torch.float32).eval()
+        model = probes.embedded()
         candidates = positional_dims(model, samples=40)[:10]
         if not candidates:
             return ClaimNumbers.decide({"candidates": []}, "No dimension's mean is monotone in position.", found=False)
@@ -119,23 +117,14 @@ class PositionalHidden(MethodSystem):
         validation = {}
         for dim in candidates:
             with PositionalHidden([dim], self.factor, last=2).apply(model):
-                validation[dim] = float(position_curve(run, 512, 2, seed=0)[0].mean())
+                validation[dim] = float(curves.position_curve(run, 512, 2, seed=0)[0].mean())
         best = min(validation, key=lambda dim: validation[dim])
-        before, right_before = position_curve(run, 1024, 16, seed=1)
+        before = curves.position_curve(run, 1024, 16, seed=1)
         with PositionalHidden([best], self.factor, last=2).apply(model):
-            after, right_after = position_curve(run, 1024, 16, seed=1)
-        numbers, sure_flatter, sure_lower = compare_curves(before, after)
-        return ClaimNumbers.decide(
-            {"candidates": candidates, "dimension": best}
-            | numbers
-            | {"accuracy_before": rounded(right_before), "accuracy_after": rounded(right_after)},
-            f"With dimension {best} scaled by {self.factor:g} for the last queries the loss of an answer varies by"
-            f" {numbers['spread_after']:.3f} nats per byte with the depth of its evidence (unscaled"
-            f" {numbers['spread_before']:.3f}); its mean is {numbers['mean_after']:.3f} (unscaled"
-            f" {numbers['mean_before']:.3f}).",
-            flatter=sure_flatter > SURE,
-            lower_on_average=sure_lower > SURE,
-        )
+            after = curves.position_curve(run, 1024, 16, seed=1)
+        what = f"With dimension {best} scaled by {self.factor:g} for the last queries"
+        found = curves.judge(before, after, "unscaled", what)
+        return replace(found, numbers={"candidates": candidates, "dimension": best} | found.numbers)
 
 
 @torch.no_grad()
