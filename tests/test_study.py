@@ -180,6 +180,8 @@ def test_a_tokenizer_reads_the_same_tasks(words, model):
     for sample in read.samples("needle", 64, 0, 3):
         assert 32 < len(sample.tokens) <= 64
         (start, stop) = sample.answers[-1]
+        (low, high) = sample.evidence[-1]
+        assert high < start and torch.equal(sample.tokens[low:high], sample.tokens[start:stop])
         assert stop == len(sample.tokens) and re.fullmatch(r"\d{4}|\[UNK\]", words.decode(sample.tokens[start:stop]))
     prose = read.samples("text", 50, 0, 2)
     assert all(len(s.tokens) == 50 and 100 < s.size < 500 for s in prose)
@@ -232,3 +234,24 @@ def test_scoring_with_a_cache_that_drops_nothing_gives_the_same(model):
         with Cache(model) as cache:
             found = tasks.score(model, sample, cache)
         assert found == pytest.approx(tasks.score(model, sample), rel=1e-5)
+
+
+@torch.no_grad()
+def test_looking_is_what_eager_attention_shows(model):
+    samples = tasks.Bytes().samples("recall", 101, 0, 6)
+    model.config._attn_implementation, before = "eager", model.config._attn_implementation
+    wanted = []
+    for sample in samples:
+        maps = torch.cat(model(sample.tokens[None], use_cache=False, output_attentions=True).attentions, 1)[0]
+        shares = [
+            maps[:, start - 1 : stop - 1, low:high].sum(-1).mean(-1).max()
+            for (start, stop), (low, high) in zip(sample.answers, sample.evidence, strict=True)
+        ]
+        wanted.append([float(share) for share in shares])
+    model.config._attn_implementation = before
+    middle = sorted(share for shares in wanted for share in shares)[12]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "LOOKED", middle + 1e-6)
+        found = [tasks.score(model, sample, watched=True)["looked"] for sample in samples]
+    assert found == [sum(share > middle + 1e-6 for share in shares) for shares in wanted] and 0 < sum(found) < 24
+    assert "looked" not in tasks.score(model, samples[0])

@@ -20,6 +20,7 @@ COLORS = ("#4c8bf5", "#e8710a", "#1e9e6a", "#d63384", "#9467bd", "#a08a00", "#17
 MARKERS = "osD^vP*X<>hpd8"
 COLUMNS = (
     ("accuracy", "accuracy", "share of answers with every token right, mean over the recall tasks"),
+    ("looked", "looked there", "share of answers for which a head has half of its attention where they already stand"),
     ("bits_per_byte", "bits/byte", "of held-out prose; lower is better"),
     ("output_error", "output error", "|program - dense| / |dense| of the attention output, mean over layers"),
     ("prefill_ratio", "prefill time", "times the untouched model's: median of the rounds, quartiles in brackets"),
@@ -92,7 +93,7 @@ def told(value: Any, key: str) -> str:
         return "-"
     if isinstance(value, dict):
         return f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
-    if key == "accuracy":
+    if key in ("accuracy", "looked"):
         return f"{value:.1%}"
     return f"{value:.2f}" if key.endswith("ratio") else f"{value:.3f}"
 

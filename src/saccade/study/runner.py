@@ -21,6 +21,7 @@ import torch
 
 from .. import __version__
 from ..core.errors import SpecError, Unsupported
+from ..hosts.handles import host_of
 from . import measure, models, programs, tasks
 
 SPEED = "speed"
@@ -174,9 +175,18 @@ class Study:
                 )  # fmt: skip
             with cell.entry.inside(self.model) as fresh:
                 samples = self.vocabulary.samples(cell.task, cell.length, self.settings.seed, self.settings.count)
-                return summed([tasks.score(self.model, sample, fresh()) for sample in samples])
+                watched = watchable(self.model)
+                return summed([tasks.score(self.model, sample, fresh(), watched) for sample in samples])
         except (SpecError, Unsupported) as error:
             return {"refused": str(error)}
+
+
+def watchable(model: Any) -> bool:
+    """Can saccade see where the model looks?"""
+    try:
+        return bool(host_of(model).sites())
+    except (SpecError, Unsupported):
+        return False
 
 
 def summed(scores: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -184,7 +194,10 @@ def summed(scores: Sequence[dict[str, float]]) -> dict[str, Any]:
     over, under, name = ("bits", "bytes", "bits_per_byte") if "bits" in scores[0] else ("right", "asked", "accuracy")
     totals = {part: sum(s[part] for s in scores) for part in (over, under)}
     each = measure.Spread.of([s[over] / s[under] for s in scores])
-    return {name: totals[over] / totals[under], "spread": asdict(each), **totals}
+    found = {name: totals[over] / totals[under], "spread": asdict(each), **totals}
+    if all("looked" in s for s in scores):
+        found["looked"] = sum(s["looked"] for s in scores) / totals[under]
+    return found
 
 
 @cache
@@ -224,11 +237,12 @@ def write_whole(path: Path, text: str) -> None:
 def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per system and length: quality, and cost as a multiple of the untouched model's in the same run.
 
-    ``accuracy`` is the mean over the recall tasks; a ratio is the median of the rounds' ratios. ``None``: not measured.
+    ``accuracy`` and ``looked`` are means over the recall tasks; a ratio is the median of the rounds' ratios. ``None``:
+    not measured.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for cell in cells:
-        row = rows.setdefault((cell["system"], cell["length"]), {"tasks": {}})
+        row = rows.setdefault((cell["system"], cell["length"]), {"tasks": {}, "looked": {}})
         result = cell["result"]
         if "refused" in result:
             row["refused"] = result["refused"]
@@ -238,6 +252,8 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row["bits_per_byte"] = result["bits_per_byte"]
         else:
             row["tasks"][cell["task"]] = result["accuracy"]
+            if "looked" in result:
+                row["looked"][cell["task"]] = result["looked"]
     table = []
     for (system, length), row in rows.items():
         speed, dense = row.get("speed"), rows.get(("dense", length), {})
@@ -248,6 +264,8 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "accuracy": accuracy,
             "accuracy_minus_dense": _minus(accuracy, _mean(dense.get("tasks", {}))),
             "by_task": row["tasks"],
+            "looked": _mean(row["looked"]),
+            "looked_by_task": row["looked"],
             "bits_per_byte": row.get("bits_per_byte"),
             "bits_per_byte_minus_dense": _minus(row.get("bits_per_byte"), dense.get("bits_per_byte")),
             "output_error": speed and speed["output_error"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import SpecError
+from ..core.stats import RegionMass
+from ..hosts.handles import watch
 from ..worlds import recall
 from ..worlds.text import BOS, Example, decode, encode, heldout, text
 
@@ -29,11 +31,15 @@ DEFAULT = (TEXT, "needle", "recall", "copy")
 
 @dataclass(frozen=True)
 class Sample:
-    """tokens: int64 [N]. answers: token ranges that must be predicted. size: bytes that tokens[1:] stand for."""
+    """tokens: int64 [N]. answers: token ranges that must be predicted. size: bytes that tokens[1:] stand for.
+
+    evidence: for each answer the range where it already stands.
+    """
 
     tokens: Tensor
     answers: tuple[tuple[int, int], ...]
     size: int
+    evidence: tuple[tuple[int, int], ...] = ()
 
 
 class Bytes:
@@ -44,9 +50,16 @@ class Bytes:
     def samples(self, task: str, length: int, seed: int, count: int) -> list[Sample]:
         """``count`` samples of exactly ``length`` tokens."""
         return [
-            Sample(e.tokens, tuple((a.start, a.stop) for a in e.answers), length - 1)
+            Sample(e.tokens, said, length - 1, stands)
             for e in islice(_examples(task, length, seed), count)
+            for said, stands in [_ranges(e)]
         ]
+
+
+def _ranges(example: Example) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Of each answer: where it is to be said, and where it stands."""
+    said = tuple((a.start, a.stop) for a in example.answers)
+    return said, tuple((a.evidence_start, a.evidence_stop) for a in example.answers)
 
 
 class Tokens:
@@ -98,11 +111,16 @@ class Tokens:
         page = decode(example.tokens)
         read = self.tokenizer(page, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         before = len(self._first)
-        answers = []
-        for a in example.answers:  # in bytes, of which BOS was one
-            hit = [i for i, (x, y) in enumerate(read["offset_mapping"]) if x < a.stop - 1 and y > a.start - 1]
-            answers.append((hit[0] + before, hit[-1] + 1 + before))
-        return Sample(torch.tensor(self._first + read["input_ids"]), tuple(answers), len(page))
+
+        def ranges(places: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:  # in bytes, of which BOS was one
+            found = []
+            for start, stop in places:
+                hit = [i for i, (x, y) in enumerate(read["offset_mapping"]) if x < stop - 1 and y > start - 1]
+                found.append((hit[0] + before, hit[-1] + 1 + before))
+            return tuple(found)
+
+        said, stands = map(ranges, _ranges(example))
+        return Sample(torch.tensor(self._first + read["input_ids"]), said, len(page), stands)
 
 
 def vocabulary(model: Any, tokenizer: Any) -> Bytes | Tokens:
@@ -128,18 +146,29 @@ def _examples(task: str, length: int, seed: int) -> Iterator[Example]:
     return make(length, seed)
 
 
+LOOKED = 0.5  # share of a head's attention that lies on the evidence while it looks there
 PIECES = 8  # that prose is read in where a cache drops tokens
 
 
 @torch.no_grad()
-def score(model: Any, sample: Sample, cache: Any = None) -> dict[str, float]:
+def score(model: Any, sample: Sample, cache: Any = None, watched: bool = False) -> dict[str, float]:
     """One sample: ``right`` and ``asked`` answers, or (prose) ``bits`` and ``bytes``.
+
+    ``watched``: also ``looked``, for how many answers some head has at least half of its attention on the evidence,
+    on average over the tokens of the answer as they are predicted (not with a cache).
 
     With a cache (which drops tokens after a call) the page up to the first answer is the prompt and the rest comes on
     top of what is held; prose is read in eight pieces.
     """
     tokens = sample.tokens[None].to(model.device)
-    if cache is None:
+    looked = None
+    if cache is None and watched and sample.answers:
+        with watch(model, _on_evidence(sample, tokens.device), kind="self") as watching:
+            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        mass = torch.cat([told["region_mass"]["evidence"][0] for told in watching.seen.values()])  # [heads of all, N]
+        most = [float(mass[:, start - 1 : stop - 1].mean(-1).max()) for start, stop in sample.answers]
+        looked = sum(share >= LOOKED for share in most)
+    elif cache is None:
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     else:
         first = min((start for start, _ in sample.answers), default=0)
@@ -150,4 +179,15 @@ def score(model: Any, sample: Sample, cache: Any = None) -> dict[str, float]:
         return {"bits": float(nats) / math.log(2), "bytes": sample.size}
     hit = logits.argmax(-1) == tokens[0, 1:]
     right = [bool(hit[start - 1 : stop - 1].all()) for start, stop in sample.answers]
-    return {"right": sum(right), "asked": len(right)}
+    found: dict[str, float] = {"right": sum(right), "asked": len(right)}
+    if looked is not None:
+        found["looked"] = looked
+    return found
+
+
+def _on_evidence(sample: Sample, device: torch.device) -> RegionMass:
+    """For each query that predicts a token of an answer: its mass where that answer already stands."""
+    low, high = torch.zeros(2, len(sample.tokens), dtype=torch.long, device=device)
+    for (start, stop), (first, last) in zip(sample.answers, sample.evidence, strict=True):
+        low[start - 1 : stop - 1], high[start - 1 : stop - 1] = first, last
+    return RegionMass({"evidence": lambda b, h, q, k: (k >= low[q]) & (k < high[q])})
