@@ -258,10 +258,11 @@ def test_explicit_offset_counts_functions_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["plain", "general"])
+@pytest.mark.parametrize("case", ["plain", "general", "selected"])
 def test_narrow_dtypes_accumulate_in_float32(dtype, case):
     general = dict(score=scores.ALiBi(), normalizer=normalizers.Softmax(off_by_one=True), edits=[edits.Renormalize()])
-    spec = Attention(mask=masks.Causal(), **(general if case == "general" else {}))
+    selected = dict(select=selectors.TopKBlocks(5, block=64))  # all of them: rounding decides nothing
+    spec = Attention(mask=masks.Causal(), **{"plain": {}, "general": general, "selected": selected}[case])
     inputs = qkv((1, 4, 2, 300, 300), width=64, dtype=dtype)
     exact, exact_grads = everything(spec, [x.detach().double().requires_grad_() for x in inputs], (), "reference")
     with poisoned(), classified():

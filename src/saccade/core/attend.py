@@ -123,7 +123,7 @@ def explain(
     refused = {other: reason for other in BACKENDS[1:] if (reason := why_not(other, call, program))}
     if name != "band":
         return Explanation(name, why, refused, 1.0, 0)
-    layout = lay_out(call.shape, spec.mask, selection=call.select(spec, call.q, call.k))
+    layout = lay_out(call.shape, spec.mask, selection=call.select(spec, *spec.form.prepare(call.q, call.k)))
     return Explanation(name, why, refused, layout.visited, len(layout.strips))
 
 

@@ -412,7 +412,7 @@ class Gathered:
     def add_keys(self, whole: Tensor, piece: Tensor) -> None:
         """Add ``[T, s * column_size, D]`` to its keys of ``[key groups, M, D]``."""
         flat = whole.view(-1, self.column_size * whole.shape[-1])
-        flat.index_add_(0, self._key_blocks, piece.reshape(-1, flat.shape[1]))
+        flat.index_add_(0, self._key_blocks, piece.reshape(-1, flat.shape[1]).to(flat.dtype))
 
     def add_columns(self, whole: Tensor, piece: Tensor) -> None:
         """Add ``[T, rep, m]`` to its keys of ``[groups, rep, M]``."""
