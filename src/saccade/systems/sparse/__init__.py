@@ -1,0 +1,1 @@
+"""Sparse attention: which keys a query visits, by a pattern or by content."""

@@ -1,0 +1,239 @@
+"""MoA: every head has a window of its own length, which grows with the text by a rule of the head's own.
+
+    span[h]     = alpha[h] + beta[h] * length
+    visible[h]  = (k <= q) and (q // block - k // block < max(1, span[h] // block)  or  k < block)
+
+Rules are chosen for a model. With A the weights of a head and g the gradient of the loss with respect to them, what a
+key does to the loss when it is hidden from a query, to first order and with the row's other weights made up for, is
+
+    influence[q, k] = | A[q, k] * (g[q, k] - sum_j A[q, j] * g[q, j]) / (1 - A[q, k]) |
+
+and the chosen rules hide the least influence such that the mean span keeps to ``density * length``.
+
+Paper: MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression, arXiv:2406.14909
+Code: https://github.com/thu-nics/MoA (MoA/models/llama/modify_llama_profile.py: influence; MoA/universal/
+    elastic_block_sparse.py: layout, loss and cost; MoA/universal/optimizer.py; scripts/pipeline/elastic_generate.py:
+    the rules, density 0.5, 9 betas; MoA/attention/cache_utils.py: length = prompt + new tokens)
+
+Differs: the official solver keeps the Pareto front of the losses at several lengths, and allows two rules a layer; then
+the plan with the least loss at an unseen length is taken. Here the sum of the losses is minimized, with any rules, and
+exactly, by dynamic programming. The density is bounded at the longest profile and at the longest text; the official
+solver also bounds it at every profile, and from below at 0.9 of the bound (here a plan may use less). The layout, its
+loss and its cost are the official ones, in blocks. ``length=None`` takes the keys of each call for the length, and then
+neither decoding nor padding is promised. The default rules are an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy
+
+from ...core import masks
+from ...core.attend import weights
+from ...core.errors import SpecError
+from ...core.masks import Mask, Span
+from ...core.spec import Attention
+from ...core.tile import At
+from ...hosts.acts import Call
+from ...hosts.handles import install, listen
+from ...worlds import recall
+from ...worlds.text import Example
+from ..base import ClaimNumbers, Promises, System
+from .block_masks import NearBlocks
+
+Rule = tuple[float, float]
+GAIN = 1.5  # the least of the paper's gains in retrieval over the uniform window
+
+
+class Elastic(Mask):
+    """:class:`NearBlocks` by a rule ``(alpha, beta)`` per head; ``length=None``: the number of keys of each call."""
+
+    def __init__(self, size: int, rules: Sequence[Rule], length: int | None):
+        super().__init__()
+        if size < 1 or not rules:
+            raise SpecError(f"Elastic needs a size of at least 1 and a rule per head; got {size} and {rules}")
+        self.size, self.rules, self.length = size, tuple(rules), length
+
+    def near(self, keys: int, device: torch.device) -> NearBlocks:
+        """The windows at a length."""
+        length = self.length or keys
+        counts = [window(rule, length, self.size) for rule in self.rules]
+        return NearBlocks(self.size, torch.tensor(counts, device=device))
+
+    def visible(self, at: At) -> Tensor:
+        return self.near(at.m, at.k.device).visible(at)
+
+    def blocks(self, span: Span) -> Tensor:
+        return self.near(span.m, span.k_lo.device).blocks(span)
+
+
+def window(rule: Rule, length: int, block: int) -> int:
+    """Blocks of the window, the query's own included."""
+    return max(1, int((rule[0] + rule[1] * length) // block))
+
+
+class MoaSpans(System):
+    """Settings: ``rules``, an ``(alpha, beta)`` per head of one layer, cycled over; ``block``; ``length``."""
+
+    slug = "moa-spans"
+    title = "MoA (a span per head)"
+    paper = "https://arxiv.org/abs/2406.14909"
+    code = "https://github.com/thu-nics/MoA"
+    promises = Promises(unit_rows=True, training_free=True, needs_training=False)
+
+    def __init__(
+        self, rules: Sequence[Rule] = ((0.0, 0.25), (0.0, 0.75)), block: int = 64, length: int | None = 2048
+    ):  # fmt: skip
+        self.rules, self.block, self.length = rules, block, length
+
+    def promised(self) -> Promises:
+        """No decoding and no padding where the spans follow the number of keys."""
+        fixed = self.length is not None
+        return replace(self.promises, decodes=fixed, padding=fixed)
+
+    def build(self, heads: int) -> Attention:
+        """The windows and one block of sinks, causal. Raises SpecError without rules or for a block below 1."""
+        rules = [self.rules[head % len(self.rules)] for head in range(heads)] if self.rules else []
+        seen = Elastic(self.block, rules, self.length) | masks.Sinks(self.block)
+        return Attention(mask=masks.Causal() & seen)
+
+    def claim(self) -> ClaimNumbers:
+        """Rules for the embedded model from copying and recall at 512 and 1024; needles found at 1024 and 2048."""
+        from ...study.probes import embedded
+
+        model, lengths, density = embedded(), (512, 1024), 0.5
+        maps = []
+        for n in lengths:
+            pages = [page for task in (recall.copy, recall.recall) for page in islice(task(n, "profile"), 4)]
+            maps.append(profile(model, pages, self.block))
+        plan = search(maps, lengths, 2048, density, self.block)
+        numbers: dict[str, Any] = {}
+        right: dict[str, list[bool]] = {"dense": [], "uniform": [], "moa": []}
+        for n in (1024, 2048):
+            blocks = n // self.block
+            spans = [cost(rule, n, self.block) for layer in plan for rule in layer]
+            numbers[f"density_{n}"] = round(sum(spans) / len(spans) / blocks, 4)
+            same = MoaSpans([(density * n - self.block, 0.0)], self.block, n)  # its sinks are a block of the span
+            programs: dict[str, Any] = {
+                "dense": None,
+                "uniform": same.build(6),
+                "moa": lambda layer, heads, n=n: MoaSpans(plan[layer], self.block, n).build(heads),
+            }
+            for name, program in programs.items():
+                with nullcontext() if program is None else install(model, program):
+                    found = [_answers(model, page) for page in islice(recall.needle(n, "test"), 24)]
+                numbers[f"{name}_{n}"] = round(sum(found) / len(found), 3)
+                right[name] += found
+        dense, uniform, ours = (sum(x) / len(x) for x in right.values())
+        return ClaimNumbers.decide(
+            numbers | {"dense": round(dense, 3), "uniform": round(uniform, 3), "moa": round(ours, 3)},
+            f"With a mean span of at most half the text, {ours:.0%} of the needles are found with a span per head and"
+            f" {uniform:.0%} with the same span in every head ({dense:.0%} dense).",
+            equal_span=all(numbers[f"density_{n}"] <= density for n in (1024, 2048)),
+            more_needles=ours >= GAIN * uniform,
+        )
+
+
+def cost(rule: Rule, length: int, block: int) -> int:
+    """Blocks of the longest row, the sinks' included."""
+    return min(window(rule, length, block) + 1, length // block)
+
+
+def profile(model: nn.Module, pages: Sequence[Example], block: int) -> Tensor:
+    """Mean influence on the loss of the answers, summed in blocks: ``[layers, H, N // block, N // block]``."""
+    total: Tensor | None = None
+    for page in pages:
+        calls: list[Call] = []
+        with torch.enable_grad(), listen(model, calls.append):
+            logits = model(page.tokens[None], use_cache=False).logits[0]
+        asked = torch.cat([torch.arange(a.start, a.stop) for a in page.answers])
+        loss = cross_entropy(logits[asked - 1], page.tokens[asked])
+        gradients = torch.autograd.grad(loss, [call.out for call in calls])
+        found = torch.stack([influence(call, up, block) for call, up in zip(calls, gradients, strict=True)])
+        total = found if total is None else total + found
+    if total is None:
+        raise SpecError("profile: expected pages with answers; got none")
+    return total / len(pages)
+
+
+@torch.no_grad()
+def influence(call: Call, up: Tensor, block: int) -> Tensor:
+    """Influence of one call of one text, given the gradient of its output, in blocks ``[H, n, n]``."""
+    a = weights(call.q, call.k, call.frame.combine(Attention()), offset=call.frame.offset)[0]
+    g = up[0] @ call.v[0].repeat_interleave(call.q.shape[1] // call.k.shape[1], 0).mT
+    alone = a * g
+    found = a * (g - alone.sum(-1, keepdim=True)) / (torch.finfo(a.dtype).eps + 1 - a)
+    found[:, 0] = alone[:, 0]  # the first query has no other key
+    return avg_pool2d(found.abs(), block) * block**2
+
+
+def search(
+    maps: Sequence[Tensor], lengths: Sequence[int], longest: int, density: float, block: int, betas: int = 9
+) -> list[list[Rule]]:
+    """The rules that hide the least influence, by layer and head.
+
+    Args:
+        maps: influence ``[layers, H, n, n]`` in blocks, one for each of ``lengths``.
+        longest: the length up to which, from the greatest of ``lengths`` on, the mean span keeps to ``density``:
+            between the two the cost of every rule is linear but for rounding, so they bound what lies between them.
+    """
+    low, high = min(lengths), max(lengths)
+    rules = [(float(a), i / (betas - 1)) for a in range(-low, high + 1, high // 8) for i in range(betas)]
+    rules = [(a, b) for a, b in rules if a + b * low > 0 and a + b * high <= high and a + b * longest <= longest]
+    hidden = [[_hidden(m, window(r, n, block)) for r in rules] for m, n in zip(maps, lengths, strict=True)]
+    losses = sum((torch.stack(row, -1) for row in hidden), torch.zeros(()))
+    count = losses[..., 0].numel()
+    costs = [(cost(r, high, block), cost(r, longest, block)) for r in rules]
+    bounds = [int(density * count * (n // block)) for n in (high, longest)]
+    chosen = knapsack(losses.flatten(0, 1), costs, (bounds[0], bounds[1]))
+    layers, heads = losses.shape[:2]
+    return [[rules[chosen[layer * heads + head]] for head in range(heads)] for layer in range(layers)]
+
+
+def _hidden(influence: Tensor, count: int) -> Tensor:
+    """Influence ``[layers, H]`` of the blocks out of a window of ``count`` blocks and of the sinks."""
+    return influence.tril(-count)[..., 1:].sum((-2, -1))
+
+
+def knapsack(losses: Tensor, costs: Sequence[tuple[int, int]], bounds: tuple[int, int]) -> list[int]:
+    """One option for each row of ``losses`` ``[R, options]`` with the least sum, costs within both bounds.
+
+    Raises:
+        SpecError: nothing keeps to the bounds.
+    """
+    best = torch.full((bounds[0] + 1, bounds[1] + 1), torch.inf, dtype=torch.float64)
+    best[0, 0] = 0
+    picked = []
+    for row in losses.double().tolist():
+        after, pick = torch.full_like(best, torch.inf), torch.zeros(best.shape, dtype=torch.long)
+        for option, ((x, y), loss) in enumerate(zip(costs, row, strict=True)):
+            if x > bounds[0] or y > bounds[1]:
+                continue
+            moved = best[: best.shape[0] - x, : best.shape[1] - y] + loss
+            better = moved < after[x:, y:]
+            after[x:, y:] = torch.where(better, moved, after[x:, y:])
+            pick[x:, y:] = pick[x:, y:].masked_fill(better, option)
+        best = after
+        picked.append(pick)
+    if not best.isfinite().any():
+        raise SpecError(f"no choice keeps to the bounds {bounds}: raise the density")
+    x, y = divmod(int(best.argmin()), best.shape[1])
+    chosen = []
+    for pick in reversed(picked):
+        chosen.append(int(pick[x, y]))
+        x, y = x - costs[chosen[-1]][0], y - costs[chosen[-1]][1]
+    return chosen[::-1]
+
+
+@torch.no_grad()
+def _answers(model: Any, page: Example) -> bool:
+    """Is every byte of the answer the most likely one, after the true ones before it?"""
+    said = model(page.tokens[None], use_cache=False).logits[0].argmax(-1)
+    return all(bool((said[a.start - 1 : a.stop - 1] == page.tokens[a.start : a.stop]).all()) for a in page.answers)
