@@ -148,7 +148,7 @@ class _Cut:
         mean, most = self._probe()
         # Under a window all rows visit about as many keys.
         stairs = self.mask.by_distance and not self.all_heads and 0.75 * most < mean <= STAIR
-        rows = -(-64 // self.row_multiple) * self.row_multiple if stairs else self._rows(mean, most)
+        rows = -(-64 // self.row_multiple) * self.row_multiple if stairs else self._fewer(self._rows(mean, most))
         strips: list[Piece] = []
         holes: dict[tuple[int, int], list[tuple[int, list[int], list[int]]]] = {}
         slab = max(1, self.grain.cells // -(-shape.m // COLUMNS))  # row blocks classified at once
@@ -244,6 +244,18 @@ class _Cut:
         rows, columns = (max(256, -(-size // 64)) for size in (self.shape.n, self.shape.m))
         visited = (self.mask.blocks(self._span(rows, columns)) > EMPTY).sum(-1).float() * columns
         return float(visited.mean()), float(visited.max())
+
+    def _fewer(self, rows: int) -> int:
+        """Fewer rows per strip where many together visit much more than each of them sees: a pattern with holes."""
+
+        def cost(size: int) -> float:
+            count = -(-self.shape.n // size)
+            spans = (self._span(size, COLUMNS, i, i + 1) for i in {count // 4, count // 2, count * 3 // 4, count - 1})
+            visited = sum(float((self.mask.blocks(span) > EMPTY).float().mean()) for span in spans)
+            return visited * (1 + 16 / size)  # a product of few rows is slower
+
+        sizes = [rows] + [size for size in (128, 64) if size < rows and size % self.row_multiple == 0]
+        return min(sizes, key=cost)
 
     def _rows(self, mean: float, most: float) -> int:
         """Rows per strip: many for the matrix product, few where few keys are visited, and so that the tile fits."""
