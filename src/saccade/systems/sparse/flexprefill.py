@@ -58,26 +58,26 @@ class FlexPrefill(System):
 
     def claim(self) -> ClaimNumbers:
         """Error against gamma, answers held, and speed, in the embedded model, which this needs no training for."""
-        from . import _prefill
+        from ...study import prefilling
 
-        own, seen = self.build(6), _prefill.calls(2048)
+        own, seen = self.build(6), prefilling.calls(2048)
 
         def off(program: Attention) -> float:
-            return _prefill.error(seen, lambda layer: program)
+            return prefilling.error(seen, lambda layer: program)
 
         errors = {gamma: off(FlexPrefill(gamma).build(6)) for gamma in GAMMAS}
-        faster, computed = _prefill.speedup(_prefill.calls(8192), lambda layer: own)
-        dense, ours = _prefill.answers(), _prefill.answers(lambda layer: own)
+        faster, computed = prefilling.speedup(prefilling.calls(8192), lambda layer: own)
+        dense, ours = prefilling.answers(), prefilling.answers(lambda layer: own)
         return ClaimNumbers.decide(
             {"error": {str(gamma): round(e, 4) for gamma, e in errors.items()}, "speedup_8192": round(faster, 3)}
             | {"computed_8192": round(computed, 4), "answers_dense": dense, "answers": ours},
             f"The outputs' relative L1 error falls from {errors[GAMMAS[0]]:.3f} at gamma {GAMMAS[0]} to"
             f" {errors[GAMMAS[-1]]:.3f} at {GAMMAS[-1]}; at {self.gamma}, attention over 8192 tokens is {faster:.2f}"
             f" times as fast as dense, computing {computed:.0%} of it, and of the answers at 2048 tokens"
-            f" {_prefill.mean(ours):.1%} are right (dense {_prefill.mean(dense):.1%}).",
+            f" {prefilling.mean(ours):.1%} are right (dense {prefilling.mean(dense):.1%}).",
             error_falls_with_gamma=all(a >= b for a, b in pairwise(errors.values())),
             faster=faster > 1,
-            answers_held=_prefill.mean(ours) >= _prefill.mean(dense) - LOST,
+            answers_held=prefilling.mean(ours) >= prefilling.mean(dense) - LOST,
         )
 
 

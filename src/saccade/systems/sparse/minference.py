@@ -78,25 +78,29 @@ class MInference(System):
 
     def claim(self) -> ClaimNumbers:
         """Patterns of the embedded model's heads, found on one page of keys and values, as in the paper."""
+        from ...study import prefilling
         from ...worlds import recall
-        from . import _prefill
 
-        seen = _prefill.calls_on(next(recall.recall(2048, "search")).tokens)
+        seen = prefilling.calls_on(next(recall.recall(2048, "search")).tokens)
         found = [search(c.q, c.k, c.v) for c in seen]
         programs = [MInference(patterns).build(len(patterns)) for patterns in found]
         kinds = [pattern.kind for layer in found for pattern in layer]
         counts = {kind: kinds.count(kind) for kind in dict.fromkeys(p.kind for p in SPACE)}
-        speeds = {n: _prefill.speedup(_prefill.calls(n), lambda i: programs[i])[0] for n in (2048, 4096, 8192)}
-        dense, ours = _prefill.answers(), _prefill.answers(lambda layer: programs[layer])
+        speeds = {n: prefilling.speedup(prefilling.calls(n), lambda i: programs[i])[0] for n in (2048, 4096, 8192)}
+        dense, ours = prefilling.answers(), prefilling.answers(lambda layer: programs[layer])
         return ClaimNumbers.decide(
             {"speedup": {str(n): round(s, 3) for n, s in speeds.items()}, "heads": counts}
-            | {"error": round(_prefill.error(seen, lambda i: programs[i]), 4), "answers_dense": dense, "answers": ours},
+            | {
+                "error": round(prefilling.error(seen, lambda i: programs[i]), 4),
+                "answers_dense": dense,
+                "answers": ours,
+            },
             f"Patterns of {SHARE:.0%} of the work at 2048 tokens ({counts}) make attention"
             f" {', '.join(f'{s:.2f} times as fast at {n}' for n, s in speeds.items())} tokens; of the answers at 2048"
-            f" {_prefill.mean(ours):.1%} are right (dense {_prefill.mean(dense):.1%}).",
+            f" {prefilling.mean(ours):.1%} are right (dense {prefilling.mean(dense):.1%}).",
             speedup_grows=all(a < b for a, b in pairwise(speeds.values())),
             faster=max(speeds.values()) > 1,
-            answers_held=_prefill.mean(ours) >= _prefill.mean(dense) - LOST,
+            answers_held=prefilling.mean(ours) >= prefilling.mean(dense) - LOST,
         )
 
 

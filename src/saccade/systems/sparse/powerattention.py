@@ -82,8 +82,8 @@ class PowerAttention(System):
 
     def claim(self) -> ClaimNumbers:
         """Reach of d layers, counted; small models taught pass keys with this and with a window; time at 16384."""
+        from ...study import passkeys
         from ...study.claims import interleaved
-        from . import passkeys
 
         n, block = passkeys.LENGTH, 4
         ours = PowerAttention(block, 2).build(2)  # on 32 blocks: 0, 1, 2, 4, 8, 16 and the sinks

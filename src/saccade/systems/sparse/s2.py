@@ -119,8 +119,8 @@ class S2(System):
 
     def claim(self) -> ClaimNumbers:
         """Union of 8 shards, density and speed at 8192 tokens; a layer taught pass keys with 4 shards and with 1."""
+        from ...study import passkeys
         from ...study.claims import interleaved
-        from . import passkeys
 
         n, heads, sharded = 8192, 8, S2(stride=8)
         spec, dense = sharded.build(heads), Attention(mask=masks.Causal())

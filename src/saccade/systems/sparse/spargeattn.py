@@ -77,23 +77,23 @@ class SpargeAttn(System):
 
     def claim(self) -> ClaimNumbers:
         """Tuned on 2048 bytes of prose: error on others, speed at 8192, and answers of the embedded model."""
-        from . import _prefill
+        from ...study import prefilling
 
-        tuned = [tune(c.q, c.k, c.v) for c in _prefill.calls(2048)]
+        tuned = [tune(c.q, c.k, c.v) for c in prefilling.calls(2048)]
         programs = [SpargeAttn(*pair).build(len(pair[0])) for pair in tuned]
-        other = _prefill.calls(2048, start=50_000)
-        error = _prefill.error(other, lambda layer: programs[layer])
-        faster, computed = _prefill.speedup(_prefill.calls(8192), lambda layer: programs[layer])
-        dense, ours = _prefill.answers(), _prefill.answers(lambda layer: programs[layer])
+        other = prefilling.calls(2048, start=50_000)
+        error = prefilling.error(other, lambda layer: programs[layer])
+        faster, computed = prefilling.speedup(prefilling.calls(8192), lambda layer: programs[layer])
+        dense, ours = prefilling.answers(), prefilling.answers(lambda layer: programs[layer])
         return ClaimNumbers.decide(
             {"error": round(error, 4), "speedup_8192": round(faster, 3), "computed_8192": round(computed, 4)}
             | {"answers_dense": dense, "answers": ours},
             f"Tuned to a relative L1 error of {L1} on one text, it has {error:.3f} on another; attention over 8192"
             f" tokens is {faster:.2f} times as fast as dense, computing {computed:.0%} of it; of the answers at 2048"
-            f" {_prefill.mean(ours):.1%} are right (dense {_prefill.mean(dense):.1%}).",
+            f" {prefilling.mean(ours):.1%} are right (dense {prefilling.mean(dense):.1%}).",
             error_within_the_bound=error <= L1,
             faster=faster > 1,
-            answers_held=_prefill.mean(ours) >= _prefill.mean(dense) - LOST,
+            answers_held=prefilling.mean(ours) >= prefilling.mean(dense) - LOST,
         )
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.spec import Attention
-from ...study.trainer import Setup, TinyLM
+from ..core.spec import Attention
+from .trainer import Setup, TinyLM
 
 FILLER, KEYS = 32, 8  # different tokens of filler, and different pass keys
 ASK = FILLER + KEYS

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import masks
-from ...core.attend import attention, explain
-from ...core.spec import Attention
-from ...hosts.handles import install, listen
-from ...study.claims import interleaved
-from ...study.probes import embedded
-from ...worlds import recall, text
-from ...zoo import lm
+from ..core import masks
+from ..core.attend import attention, explain
+from ..core.spec import Attention
+from ..hosts.handles import install, listen
+from ..worlds import recall, text
+from ..zoo import lm
+from .claims import interleaved
+from .probes import embedded
 
 DENSE = Attention(mask=masks.Causal())
 Program = Callable[[int], Attention]  # of a layer
