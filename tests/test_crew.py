@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saccade
 from saccade import Attention, edits, masks, normalizers, scores, selectors, stats
-from saccade.core import crew
+from saccade.core import band, crew
 
 
 @pytest.fixture
@@ -64,6 +64,20 @@ def test_threads_give_what_the_definition_gives(threads, name):
     assert len(threads) == 2 or name == "rows as they come"  # there a quick thread may take everything
     for got, want in zip(found["band"], found["reference"], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("watched", [[], [stats.KeyMass()]])
+def test_every_strip_is_worked_on_once(threads, monkeypatch, watched):
+    q, places, real = torch.randn(1, 4, 1024, 8), [], band._scores
+
+    def noted(program, strip, *rest):
+        places.append((strip.g0, strip.g1, strip.r0))
+        return real(program, strip, *rest)
+
+    monkeypatch.setattr(band, "_scores", noted)
+    saccade.attention(q, q, q, Attention(mask=masks.Causal()), stats=watched, backend="band")
+    cells = sorted((g, r0) for g0, g1, r0 in places for g in range(g0, g1))
+    assert cells == sorted({(g, r0) for g in range(4) for _, _, r0 in places})
 
 
 def test_an_error_in_a_thread_reaches_the_caller_and_ends_the_work(threads):

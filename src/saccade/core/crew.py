@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 from torch.autograd import _profiler_enabled
 
-MOST = 8  # threads beyond which they would wait for Python's lock; each then uses several cores
-WORTH = 2**20  # cells of the score matrix below which a call is done before the threads have begun
+MOST = 8  # threads: more would wait for Python's lock (a guess: measured on two cores); each then uses several cores
+WORTH = 2**20  # cells of the score matrix below which the caller works alone (not tuned)
 
 T = TypeVar("T")
 R = TypeVar("R")

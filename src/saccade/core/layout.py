@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masks import EMPTY, FULL, Full, Mask, Span
+from .masks import EMPTY, FULL, Causal, Full, Mask, Span
 from .program import Veil
 from .selectors import Selection
 from .strips import Gathered, Layout, Piece, Shape, Stair, Strip
@@ -255,7 +255,7 @@ class _Cut:
             return visited * (1 + 16 / size)  # a product of few rows is slower
 
         sizes = [rows] + [size for size in (128, 64) if size < rows and size % self.row_multiple == 0]
-        return min(sizes, key=cost)
+        return rows if len(sizes) == 1 or isinstance(self.mask, Causal) else min(sizes, key=cost)
 
     def _rows(self, mean: float, most: float) -> int:
         """Rows per strip: many for the matrix product, few where few keys are visited, and so that the tile fits."""

@@ -586,11 +586,13 @@ class Given(Mask):
 
     def blocks(self, span: Span) -> Tensor:
         self._check((span.batch, span.heads, span.n, span.m))
-        keep = self.keep.expand(*self.keep.shape[:2], span.n, span.m)
+        first, last = max(0, int(span.q_lo.min())), int(span.q_hi.max()) + 1  # of all rows only those asked about
+        q_lo, q_hi = span.q_lo[:, 0] - first, span.q_hi[:, 0] - first
+        keep = self.keep.expand(*self.keep.shape[:2], span.n, span.m)[:, :, first:last]
         k_lo, k_hi = _extent(keep.to(torch.uint8), span.k_lo[0], span.k_hi[0])  # [.., N, nk]
         least, most = k_lo.transpose(-1, -2), k_hi.transpose(-1, -2)
-        least = _extent(least, span.q_lo[:, 0], span.q_hi[:, 0])[0].transpose(-1, -2)
-        most = _extent(most, span.q_lo[:, 0], span.q_hi[:, 0])[1].transpose(-1, -2)
+        least = _extent(least, q_lo, q_hi)[0].transpose(-1, -2)
+        most = _extent(most, q_lo, q_hi)[1].transpose(-1, -2)
         return _code(most == 0, least == 1)
 
     def unseen(self, at: At) -> Tensor | None:

@@ -373,8 +373,8 @@ class Gathered:
 
     def _place_of_all(self, looked: Tensor) -> tuple[int, int, int] | None:
         """How far the block to look at lies from the rows, if that is all the mask asks and the same for all tasks."""
-        if not self.mask.by_distance or looked.shape[1] > 1:
-            return None
+        if not self.mask.by_distance or looked.shape[1] > 1 or looked.device.type != "cpu":
+            return None  # elsewhere to ask would be to wait for the device
         ends = (looked[:, 0] + 1) * self.column_size, (self.row_block + 1) * self.row_size
         away = self.row_block * self.row_size - looked[:, 0] * self.column_size
         whole = (looked[:, 0] >= 0).all() & (ends[0] <= self.shape.m).all() & (ends[1] <= self.shape.n).all()
@@ -473,6 +473,8 @@ class Layout:
 
     def runs(self) -> list[list[Piece]]:
         """The strips of each run of groups: no two runs add to the same keys."""
+        if len(self.bounds) == 1:
+            return [self.strips] if self.strips else []
         found: list[list[Piece]] = [[] for _ in self.bounds]
         for strip in self.strips:
             found[bisect.bisect(self.bounds, strip.first_group)].append(strip)
