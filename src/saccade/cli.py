@@ -81,6 +81,9 @@ def _numbers(text: str, what: str) -> tuple[int, ...]:
 
 @app.command()
 def study(
+    name: Annotated[
+        str | None, typer.Argument(help="A named study of the catalogue's family bench; programs in a model if none.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Directory or Hub id of a causal LM; the zoo's if not given.")
     ] = None,
@@ -89,50 +92,104 @@ def study(
     lengths: Annotated[str | None, typer.Option(help="Tokens, comma separated.")] = None,
     count: Annotated[int | None, typer.Option(help="Samples per task and length.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds.")] = None,
-    out: Annotated[Path, typer.Option(help="Directory for cells, results.json and report.html.")] = Path("runs/study"),
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory for cells, results and report; runs/NAME.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the samples.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch; all cores if not given.")] = None,
     fresh: Annotated[bool, typer.Option(help="Forget the cells that are there.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of a named study: --set widths=[32,64].")
+    ] = None,
+    small: Annotated[bool, typer.Option(help="The smallest sensible run of a named study: a first look.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Spread the cells over a Ray cluster: host:port, auto, or local.")
+    ] = None,
 ) -> None:
-    """Compare attention programs in a model: quality, time and memory, each against dense in the same run."""
+    """Compare attention programs in a model: quality, time and memory, each against dense in the same run.
+
+    With NAME, the study of that name instead (saccade list --family bench).
+    """
     with told_plainly():
         import transformers
-
-        from .study import report
-        from .study.programs import names
-        from .study.runner import Settings, Study
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if threads is not None:
             _use_threads(threads)
+        out = out or Path("runs") / (name or "study")
         if out.exists() and not out.is_dir():
             stop(f"--out {out} is a file, not a directory")
         chosen: dict[str, Any] = {"model": model, "count": count, "repeats": repeats, "seed": seed}
-        if systems is not None:
-            chosen["systems"] = tuple(names()) if systems == "all" else _names(systems, "--systems")
-        if tasks is not None:
-            chosen["tasks"] = _names(tasks, "--tasks")
         if lengths is not None:
             chosen["lengths"] = _numbers(lengths, "--lengths")
+        if tasks is not None:
+            chosen["tasks"] = _names(tasks, "--tasks")
+        if systems is not None:
+            from .study.programs import names
+
+            chosen["systems"] = tuple(names()) if systems == "all" and name is None else _names(systems, "--systems")
+        chosen = {option: value for option, value in chosen.items() if value is not None}
         started = time.monotonic()
-        job = Study(Settings(**{name: value for name, value in chosen.items() if value is not None}), out)
-        if fresh:
-            for cell in (out / "cells").glob("*.json"):
-                cell.unlink()
+        how: dict[str, Any] = {}
+        if ray is not None:
+            from .study import cluster
+
+            how["spread"] = cluster.over(ray, threads or 1)
+        if name is None:
+            if settings or small:
+                stop("--set and --small belong to a named study: saccade list --family bench")
+            results, page, counts = _compare_programs(chosen, out, fresh, how, started)
+        else:
+            results, page, counts = _compare_named(name, chosen | _settings(settings), small, out, fresh, how, started)
+    console.print(results)
+    console.print(f"{counts} cells computed now. Report: {page}", soft_wrap=True)
+
+
+def _compare_programs(
+    chosen: dict[str, Any], out: Path, fresh: bool, how: dict[str, Any], started: float
+) -> tuple[Any, Path, str]:
+    from .study import report
+    from .study.runner import Settings, Study
+
+    job = Study(Settings(**chosen), out)
+    found, counts = _with_progress(job, out, fresh, job.run, how)
+    results = report.collect(job, found, _command(), time.monotonic() - started)
+    return report.table(results), report.write(results, out)[1], counts
+
+
+def _compare_named(
+    name: str, chosen: dict[str, Any], small: bool, out: Path, fresh: bool, how: dict[str, Any], started: float
+) -> tuple[Any, Path, str]:
+    from .study import cells
+    from .systems.base import StudySystem
+
+    system = _system(name)
+    if not issubclass(system, StudySystem):
+        stop(f"{name} is a system, not a study: saccade study --systems {name}, or saccade claim {name}")
+    unknown = sorted(set(chosen) - set(system.settings()))
+    if unknown:
+        stop(f"{name} has no setting {unknown[0]!r}: there are {', '.join(system.settings()) or 'none'}")
+    job = system(**({**system.small, **chosen} if small else chosen)).comparison()
+    found, counts = _with_progress(job, out, fresh, lambda *a, **k: cells.run(job, out / "cells", *a, **k), how)
+    page, seconds = job.page(found, _command(), time.monotonic() - started), time.monotonic() - started
+    kept = {"command": _command(), "seconds": round(seconds, 1), "summary": job.summary(found), "cells": found}
+    cells.write_whole(out / "results.json", json.dumps(kept, indent=1))
+    cells.write_whole(out / "report.html", page.html())
+    return page.table(), out / "report.html", counts
+
+
+def _settings(given: list[str] | None) -> dict[str, Any]:
+    """``name=value`` each; a value is JSON, or else a word."""
+    found: dict[str, Any] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            stop(f"--set must be name=value; got {text!r}")
         try:
-            cells = _with_progress(job)
-        except KeyboardInterrupt:
-            print(
-                f"saccade: interrupted; {job.computed} cells of this run are kept. Go on: {_command()}", file=sys.stderr
-            )
-            raise typer.Exit(INTERRUPTED) from None
-        except OSError as error:
-            stop(f"cannot write to {out}: {error}")
-        results = report.collect(job, cells, _command(), time.monotonic() - started)
-        data, page = report.write(results, out)
-    console.print(report.table(results))
-    console.print(f"{job.computed} of {len(cells)} cells computed now. Report: {page}  Numbers: {data}", soft_wrap=True)
+            read = json.loads(value)
+        except ValueError:
+            read = value
+        found[name] = tuple(read) if isinstance(read, list) else read
+    return found
 
 
 def _use_threads(threads: int) -> None:
@@ -147,7 +204,8 @@ def _command() -> str:
     return shlex.join(["saccade", *sys.argv[1:]])
 
 
-def _with_progress(job: Any) -> list[dict[str, Any]]:
+def _with_progress(job: Any, out: Path, fresh: bool, run: Any, how: dict[str, Any]) -> tuple[list[Any], str]:
+    """Run a study under a progress bar; what it found, and how many of its cells were computed now."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -157,16 +215,28 @@ def _with_progress(job: Any) -> list[dict[str, Any]]:
         TimeRemainingColumn,
     )
 
+    if fresh:
+        for path in (out / "cells").glob("*.json"):
+            path.unlink()
+    done = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     shown = rich.console.Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=shown) as bar:
-        cells = job.cells
-        line = bar.add_task("study", total=len(cells))
+    try:
+        with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=shown) as bar:
+            line = bar.add_task("study", total=len(job.cells))
 
-        def on_cell(cell: Any, computed: bool) -> None:
-            bar.update(line, advance=1, description=f"{cell.entry.name} {cell.task} {cell.length}")
+            def on_cell(cell: Any, computed: bool) -> None:
+                nonlocal done
+                done += computed
+                bar.update(line, advance=1, description=job.name(cell))
 
-        return job.run(on_cell)
+            found = run(on_cell, **how)
+    except KeyboardInterrupt:
+        print(f"saccade: interrupted; {done} cells of this run are kept. Go on: {_command()}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:
+        stop(f"cannot write to {out}: {error}")
+    return found, f"{done} of {len(found)}"
 
 
 @app.command("list")

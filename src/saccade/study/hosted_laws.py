@@ -24,7 +24,9 @@ CACHE_LAWS: dict[str, Callable[[CacheSystem], str]] = {}
 METHOD_LAWS: dict[str, Callable[[MethodSystem], str]] = {}
 
 
-def _enter(laws: dict[str, Callable[[Any], str]]) -> Callable[[Callable[[Any], str]], Callable[[Any], str]]:
+def enter(laws: dict[str, Callable[[Any], str]]) -> Callable[[Callable[[Any], str]], Callable[[Any], str]]:
+    """Put a function among ``laws`` under its own name."""
+
     def law(function: Callable[[Any], str]) -> Callable[[Any], str]:
         laws[function.__name__.replace("_", " ")] = function
         return function
@@ -134,7 +136,7 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-@_enter(CACHE_LAWS)
+@enter(CACHE_LAWS)
 def equals_the_model_with_dropped_tokens_masked(system: CacheSystem) -> str:
     """A prompt, a second chunk and single steps give what the same model gives when what was dropped is hidden."""
     model, tokens = small_model(), some_tokens()
@@ -148,7 +150,7 @@ def equals_the_model_with_dropped_tokens_masked(system: CacheSystem) -> str:
     return f"differs by {apart:.1e} of the largest logit"
 
 
-@_enter(CACHE_LAWS)
+@enter(CACHE_LAWS)
 def keeps_to_the_budget(system: CacheSystem) -> str:
     """After every call no head holds more than the budget (on average over a layer's heads, if they share it).
 
@@ -168,7 +170,7 @@ def keeps_to_the_budget(system: CacheSystem) -> str:
     return f"at most {most:g} tokens with a budget of {BUDGET}"
 
 
-@_enter(CACHE_LAWS)
+@enter(CACHE_LAWS)
 def a_budget_above_the_length_changes_nothing(system: CacheSystem) -> str:
     """With room for everything the model says what it says without."""
     model, tokens = small_model(), some_tokens()
@@ -180,7 +182,7 @@ def a_budget_above_the_length_changes_nothing(system: CacheSystem) -> str:
     return f"differs by {apart:.1e}"
 
 
-@_enter(CACHE_LAWS)
+@enter(CACHE_LAWS)
 def padding_is_not_held(system: CacheSystem) -> str:
     """A left-padded text in a batch is answered as with its dropped tokens masked, and padding takes no real slot."""
     model, tokens = small_model(), some_tokens()
@@ -198,7 +200,7 @@ def padding_is_not_held(system: CacheSystem) -> str:
     return f"differs by {apart:.1e}"
 
 
-@_enter(METHOD_LAWS)
+@enter(METHOD_LAWS)
 def does_something_and_leaves_no_trace(system: MethodSystem) -> str:
     """Inside the context the model answers otherwise; afterwards it is, and answers, exactly as before."""
     model, tokens = small_model(), some_tokens()
@@ -220,7 +222,7 @@ def does_something_and_leaves_no_trace(system: MethodSystem) -> str:
     return f"changes logits by {change:.1e} of the largest"
 
 
-@_enter(METHOD_LAWS)
+@enter(METHOD_LAWS)
 def generates(system: MethodSystem) -> str:
     """``generate`` with a cache, greedy, gives as many tokens as asked for."""
     model, tokens = small_model(), some_tokens()

@@ -89,16 +89,16 @@ def _free_memory() -> int:
 
 
 def environment(model: Any) -> dict[str, Any]:
-    """What else the numbers depend on: machine, threads, versions, device and dtype."""
+    """What else the numbers depend on: machine, threads, versions, and of a model (``None``: none) device and dtype."""
     import transformers
 
     from .claims import machine
 
+    where = {} if model is None else {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     return {
         "machine": machine(),
         "system": platform.platform(),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **where,
         "threads": torch.get_num_threads(),
         "versions": {
             "saccade": __version__,

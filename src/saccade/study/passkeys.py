@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.spec import Attention
-from .trainer import Setup, TinyLM
+from ..nn import GPT
+from .trainer import Setup, tiny
 
 FILLER, KEYS = 32, 8  # different tokens of filler, and different pass keys
 ASK = FILLER + KEYS
@@ -23,11 +24,9 @@ def pages(count: int, source: torch.Generator, length: int = LENGTH) -> tuple[Te
     return tokens, key, at
 
 
-def teach(spec: Attention, heads: int, layers: int = 3, steps: int = 480) -> TinyLM:
+def teach(spec: Attention, heads: int, layers: int = 3, steps: int = 480) -> GPT:
     """A model of so many layers of this program, taught to answer; pages grow to LENGTH in four stages."""
-    state = torch.get_rng_state()
-    model = TinyLM(Setup(layers=layers, heads=heads, width=32), lambda setup, layer: spec, seed=0)
-    torch.set_rng_state(state)
+    model = tiny(Setup(layers=layers, heads=heads, width=32), lambda setup, layer: spec, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1))
     source = torch.Generator().manual_seed(0)
@@ -42,7 +41,7 @@ def teach(spec: Attention, heads: int, layers: int = 3, steps: int = 480) -> Tin
 
 
 @torch.no_grad()
-def found(model: TinyLM) -> tuple[Tensor, Tensor]:
+def found(model: GPT) -> tuple[Tensor, Tensor]:
     """Which of 1024 unseen pass keys a model finds, 0. or 1., and where they stood, ``[1024]`` each."""
     tokens, key, at = pages(1024, torch.Generator().manual_seed(1))
     return (model(tokens)[:, -1].argmax(-1) == key).float(), at

@@ -24,7 +24,7 @@ from ..core import masks, normalizers, selectors
 from ..core.errors import SpecError
 from ..core.spec import Attention
 from ..hosts.handles import install, lead
-from ..systems.base import CacheSystem, MethodSystem
+from ..systems.base import CacheSystem, MethodSystem, StudySystem, System
 
 HELD = 0.125  # share of the tokens that the caches of a study may hold
 
@@ -40,6 +40,9 @@ class Entry:
     policy: Callable[[], Policy] | None = None
     method: Callable[[Any], AbstractContextManager[Any]] | None = None
     chosen: str = ""
+
+    def __reduce__(self) -> Any:
+        return find, (self.name,)
 
     def settings(self, heads: int) -> str:
         """As text, with everything that was chosen."""
@@ -127,7 +130,7 @@ def names() -> list[str]:
     """Every name that :func:`find` knows: the baselines, then the catalogue's training-free systems."""
     from .. import catalog
 
-    found = [slug for slug, system in catalog.systems().items() if system.promises.training_free]
+    found = [slug for slug, system in catalog.systems().items() if _finished(system)]
     return [*BASELINES, *CACHES, *sorted(set(found) - set(BASELINES))]
 
 
@@ -151,7 +154,9 @@ def find(name: str) -> Entry:
         near = difflib.get_close_matches(name, names(), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names())}"
         raise SpecError(f"unknown system {name!r}: {hint}")
-    if not system.promises.training_free:
+    if issubclass(system, StudySystem):
+        raise SpecError(f"{name!r} is a study of many systems: saccade study {name}")
+    if not _finished(system):
         raise SpecError(f"system {name!r} has to be trained first, so it cannot be put into a finished model")
     module = inspect.getmodule(system)
     assert module is not None
@@ -161,6 +166,11 @@ def find(name: str) -> Entry:
     if isinstance(one, MethodSystem):
         return Entry(name, system.title, code, method=one.apply, chosen=repr(one))
     return Entry(name, system.title, code, build=lambda heads: system().build(heads))
+
+
+def _finished(system: type[System]) -> bool:
+    """Can it be put into a finished model as it is?"""
+    return system.promises.training_free and not issubclass(system, StudySystem)
 
 
 def resolve(wanted: Sequence[str]) -> list[Entry]:

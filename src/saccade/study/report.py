@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import tasks
+from . import page, plots, tasks
+from .cells import write_whole
 from .models import environment
-from .runner import SPEED, summarise, write_whole
+from .runner import SPEED, summarise
 
-INK = "#010203"  # becomes currentColor, so that a picture is readable in light and dark
-COLORS = ("#4c8bf5", "#e8710a", "#1e9e6a", "#d63384", "#9467bd", "#a08a00", "#17a2b8", "#d64545", "#8c6d5a", "#7f8c8d")
-MARKERS = "osD^vP*X<>hpd8"
 COLUMNS = (
     ("accuracy", "accuracy", "share of answers with every token right, mean over the recall tasks"),
     ("looked", "looked there", "share of answers for which a head has half of its attention where they already stand"),
@@ -54,10 +50,10 @@ def collect(study: Any, cells: Sequence[dict[str, Any]], command: str, seconds: 
 
 def write(results: dict[str, Any], out: Path) -> tuple[Path, Path]:
     """Write results.json and report.html into a directory; their paths."""
-    data, page = out / "results.json", out / "report.html"
+    data, shown = out / "results.json", out / "report.html"
     write_whole(data, json.dumps(results, indent=1))
-    write_whole(page, html(results))
-    return data, page
+    write_whole(shown, html(results))
+    return data, shown
 
 
 def table(results: dict[str, Any]) -> Any:
@@ -106,17 +102,13 @@ def middle(value: Any) -> Any:
 
 def html(results: dict[str, Any]) -> str:
     """The report as one page."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     longest = max(row["length"] for row in results["summary"])
     figures = [
         _trade_off(results, longest, "accuracy", "higher"),
         _trade_off(results, longest, "bits_per_byte", "lower"),
         _over_length(results),
     ]
-    return page.get_template("report.html.j2").render(
+    return page.template("report.html.j2").render(
         r=results,
         columns=COLUMNS,
         told=told,
@@ -130,26 +122,19 @@ def html(results: dict[str, Any]) -> str:
     )
 
 
-def _style(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    names = list(results["systems"])
-    return {
-        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
-    }
-
-
 def _trade_off(results: dict[str, Any], length: int, quality: str, better: str) -> dict[str, str] | None:
     """Quality against prefill time, decode time and memory at one length."""
     rows = [r for r in results["summary"] if r["length"] == length and r[quality] is not None and r["prefill_ratio"]]
     if not rows:
         return None
-    style = _style(results)
+    style = plots.looks(results["systems"])
     title = {"accuracy": "Accuracy on recall tasks", "bits_per_byte": "Bits per byte of prose"}[quality]
     costs = (
         ("prefill_ratio", "prefill time"),
         ("decode_ratio", "decode time per token"),
         ("memory_ratio", "peak memory of prefill"),
     )
-    figure, axes = _figure(1, 3)
+    figure, axes = plots.figure(1, 3)
     for axis, (key, name) in zip(axes, costs, strict=True):
         for row in rows:
             x, spread = middle(row[key]), row[key]
@@ -158,9 +143,9 @@ def _trade_off(results: dict[str, Any], length: int, quality: str, better: str) 
             axis.errorbar(x, row[quality], xerr=error, ls="", ms=8, alpha=0.9, label=row["system"], **look)
         if quality == "accuracy":
             axis.set_ylim(-0.04, 1.04)
-        axis.axvline(1, lw=0.8, ls=":", color=INK)
+        axis.axvline(1, lw=0.8, ls=":", color=plots.INK)
         axis.set_xlabel(f"{name}, x dense")
-        _log_if_wide(axis, [middle(row[key]) for row in rows])
+        plots.log_if_wide(axis, [middle(row[key]) for row in rows])
     axes[0].set_ylabel(f"{title.split(' of ')[0].split(' on ')[0]} ({better} is better)")
     words = "; ".join(
         f"{r['system']}: {told(r[quality], quality)}, "
@@ -168,14 +153,16 @@ def _trade_off(results: dict[str, Any], length: int, quality: str, better: str) 
         for r in rows
     )
     told_words = f"{title} at {length} tokens, and cost as a multiple of dense. {words}."
-    return _svg(figure, axes[0], f"{title} against cost, {length} tokens", told_words)
+    return plots.svg(figure, axes[0], f"{title} against cost, {length} tokens", told_words)
 
 
 def _over_length(results: dict[str, Any]) -> dict[str, str]:
     """Accuracy of every task over the length, and bits per byte."""
-    style = _style(results)
+    style = plots.looks(results["systems"])
     shown = [t for t in dict.fromkeys(c["task"] for c in results["cells"]) if t != SPEED]
-    figure, axes = _figure(-(-len(shown) // 2) if len(shown) > 3 else 1, 2 if len(shown) > 3 else max(1, len(shown)))
+    figure, axes = plots.figure(
+        -(-len(shown) // 2) if len(shown) > 3 else 1, 2 if len(shown) > 3 else max(1, len(shown))
+    )
     words = []
     for axis, task in zip(axes, shown, strict=False):
         name = "bits_per_byte" if task == tasks.TEXT else "accuracy"
@@ -200,62 +187,7 @@ def _over_length(results: dict[str, Any]) -> dict[str, str]:
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
     told_words = f"Quality of each task over the length. {'; '.join(words)}."
-    return _svg(figure, axes[0], "Quality over length", told_words)
-
-
-def _figure(rows: int, columns: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 0.9 + 3.4 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.set_facecolor("none")
-        axis.grid(alpha=0.2, color=INK)
-        axis.tick_params(colors=INK)
-        axis.spines[:].set_color(INK)
-        axis.spines[["top", "right"]].set_visible(False)
-        for label in (axis.xaxis.label, axis.yaxis.label, axis.title):
-            label.set_color(INK)
-    return figure, axes
-
-
-def _log_if_wide(axis: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain ticks where costs lie far apart."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    low, high = min([*values, 1.0]), max([*values, 1.0])
-    if high / low > 4:
-        axis.set_xscale("log")
-        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low / 1.5 <= t <= high * 1.5]
-        axis.xaxis.set_major_locator(FixedLocator(ticks))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    else:
-        margin = 0.1 * max(high - low, 0.1)
-        axis.set_xlim(low - margin, high + margin)
-
-
-def _svg(figure: Any, legend_of: Any, title: str, words: str) -> dict[str, str]:
-    """A figure as an SVG element with selectable text and a description for those who cannot see it."""
-    import matplotlib as mpl
-    from markupsafe import escape
-
-    handles, labels = legend_of.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, labelcolor=INK)
-    drawn = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    svg = svg.replace(INK, "currentColor")
-    name = re.sub(r"\W+", "-", title.lower())
-    head = f'<svg role="img" aria-labelledby="{name}-title {name}-words" class="figure"'
-    told_words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-words">{escape(words)}</desc>'
-    svg = re.sub(r"<svg", head, svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1)
-    start = svg.index(">", svg.index("<svg")) + 1
-    return {"title": title, "words": words, "svg": svg[:start] + told_words + svg[start:]}
+    return plots.svg(figure, axes[0], "Quality over length", told_words)
 
 
 def spread_of_seconds(results: dict[str, Any]) -> float:

@@ -1,16 +1,9 @@
-"""Running a study: cells of system x task x length, each kept in a file of its own as soon as it is done.
-
-A cell's file is named after everything that determines what is in it. So an interrupt loses at most the cell in
-progress, the next run computes what is missing, and a changed model, program or engine computes anew.
-"""
+"""The main study: systems x tasks x lengths on one model."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -22,7 +15,7 @@ import torch
 from .. import __version__
 from ..core.errors import SpecError, Unsupported
 from ..hosts.handles import host_of
-from . import measure, models, programs, tasks
+from . import cells, measure, models, programs, tasks
 
 SPEED = "speed"
 
@@ -80,10 +73,11 @@ class Study:
     out: Path
     model: Any = None
     tokenizer: Any = None
-    computed: int = field(default=0, init=False)
+    given: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.settings.check()
+        self.given = self.model is not None
         self.entries = programs.resolve(self.settings.systems)
         if self.model is None:
             self.model, self.tokenizer = models.load(self.settings.model)
@@ -109,30 +103,25 @@ class Study:
             for entry in self.entries
         ]
 
-    def run(self, on_cell: Callable[[Cell, bool], None] = lambda cell, computed: None) -> list[dict[str, Any]]:
-        """Measure every cell that is not there yet; results in the order of :attr:`cells`.
+    def run(
+        self, on_cell: Callable[[Cell, bool], None] = lambda cell, computed: None, **how: Any
+    ) -> list[dict[str, Any]]:
+        """Measure every cell that is not there yet (:func:`saccade.study.cells.run`); results as :attr:`cells`."""
+        found = cells.run(self, self.out / "cells", on_cell, **how)
+        return [
+            {"system": cell.entry.name, "task": cell.task, "length": cell.length, **known}
+            for cell, known in zip(self.cells, found, strict=True)
+        ]
 
-        Args:
-            on_cell: called after each cell, with whether it was computed now.
-        """
-        folder = self.out / "cells"
-        folder.mkdir(parents=True, exist_ok=True)
-        results = []
-        for cell in self.cells:
-            key = self.key(cell)
-            path = folder / f"{cell.entry.name}.{cell.task}.{cell.length}.{_digest(key)}.json"
-            known = _read(path)
-            if known is None:
-                start = time.perf_counter()
-                result = self._measure(cell)
-                known = {"key": key, "result": result, "seconds": round(time.perf_counter() - start, 2)}
-                write_whole(path, json.dumps(known, indent=1))
-                self.computed += 1
-                on_cell(cell, True)
-            else:
-                on_cell(cell, False)
-            results.append({"system": cell.entry.name, "task": cell.task, "length": cell.length, **known})
-        return results
+    def name(self, cell: Cell) -> str:
+        """Of the cell's file."""
+        return f"{cell.entry.name}.{cell.task}.{cell.length}"
+
+    def __reduce__(self) -> Any:
+        """A study travels as its settings: the other process loads the model itself."""
+        if self.given:
+            raise SpecError("a study of a model that was handed over stays in this process: give the model's name")
+        return Study, (self.settings, self.out)
 
     def key(self, cell: Cell) -> dict[str, Any]:
         """Everything that determines what a cell measures."""
@@ -163,7 +152,8 @@ class Study:
         """Tells the model from every other."""
         return models.fingerprint(self.model)
 
-    def _measure(self, cell: Cell) -> dict[str, Any]:
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """What the system does on the task, or what it costs; a system that cannot says why."""
         build = cell.entry.build
         try:
             if cell.task == SPEED:
@@ -212,26 +202,6 @@ def engine() -> str:
         here / "tasks.py",
     ]
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:12]
-
-
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A finished cell, or ``None``: a file that is not one (a full disk, an edit) is computed again."""
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return known if isinstance(known, dict) and "result" in known else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..core.spec import Attention
 
-if TYPE_CHECKING:  # the cache needs transformers, and a system of another kind does not
+if TYPE_CHECKING:  # the cache needs transformers, the report matplotlib, and a system of another kind neither
     from ..cache.policies import Policy
+    from ..study.cells import Comparison
 
 Verdict = Literal["holds", "does not hold", "not measured"]
 
@@ -133,3 +134,14 @@ class MethodSystem(System):
     def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Make an unmodified model work this way until the context is left; then it is as it was."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it does: define apply(self, model)")
+
+
+class StudySystem(System):
+    """A comparison of systems with each other, run by ``saccade study SLUG``: subclasses define :meth:`comparison`."""
+
+    promises = Promises(training_free=True, needs_training=False)
+    small: ClassVar[dict[str, Any]] = {}  # settings of the smallest sensible run: for a first look, laws and tests
+
+    def comparison(self) -> Comparison:
+        """The cells to measure with these settings, and how they become a page."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it compares: define comparison(self)")
