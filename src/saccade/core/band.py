@@ -22,7 +22,7 @@ from .reach import narrowed
 from .selectors import Selection
 from .spec import Attention
 from .stats import Stat
-from .strips import Layout, Piece, Shape, Strip
+from .strips import Gathered, Layout, Piece, Shape, Strip
 from .tile import At
 
 ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -161,6 +161,12 @@ def _put_values(
     flat = weights.reshape(g, rep * n, m).to(v.dtype)
     if rep == 1 and factor is None and isinstance(strip, Strip) and _one_by_one(flat):
         _product(flat, strip.keys(v), strip.get_rows(out)[:, 0])
+        return
+    mine = strip.own(out) if isinstance(strip, Gathered) else None
+    if mine is not None:
+        _product(flat, strip.keys(v, scratch), mine)
+        if factor is not None:
+            mine.mul_(factor[:, 0])
         return
     values = _product(flat, strip.keys(v, scratch), v.new_empty(g, rep * n, v.shape[-1])).view(g, rep, n, -1)
     strip.put_rows(out, values if factor is None else values.mul_(factor))

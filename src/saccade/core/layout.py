@@ -109,7 +109,7 @@ class _Cut:
     apart: int
 
     def __post_init__(self) -> None:
-        self._known: dict[tuple[int, int, int], Veil] = {}
+        self._known: dict[tuple[int, ...], Veil] = {}
         self._bounds = self._cut_groups(self.shape.kv_heads if self.all_heads else 1)
 
     def _cut_groups(self, together: int) -> list[int]:
@@ -200,6 +200,7 @@ class _Cut:
         if shape.m % columns:
             codes[..., -1:].clamp_(max=1)
         codes = _shared_codes(codes, shape).expand(shape.batch, shape.kv_heads, nq, nk).reshape(-1, nq, nk)
+        chosen = chosen.sort(-1).values  # what lies side by side is fetched side by side
         kind = codes.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, EMPTY)
         kind, order = kind.sort(stable=True, dim=-1, descending=True)  # full, partial, empty
         chosen = chosen.gather(-1, order).masked_fill(kind == EMPTY, -1).flatten(0, 1)
@@ -208,20 +209,24 @@ class _Cut:
         for first, last in itertools.pairwise([0, *self._bounds]):
             mine = length[first * nq : last * nq]
             by_length = first * nq + mine.argsort(descending=True, stable=True)[: int((mine > 0).sum())]
-            lengths = length[by_length].tolist()
+            lengths, fulls, numbers = (x.tolist() for x in (length[by_length], full[by_length], by_length))
             start = 0
             while start < len(lengths):
                 width = lengths[start]
-                tasks = by_length[start : start + max(1, self._gathered_cells // (shape.rep * rows * columns * width))]
+                stop = start + max(1, self._gathered_cells // (shape.rep * rows * columns * width))
+                tasks = by_length[start:stop]
                 group = tasks // nq
                 key_group = group
                 if split:
                     key_group = group // before.heads * before.kv_heads + group % before.heads // before.rep
-                look = width - int(full[tasks].min())
+                look = width - min(fulls[start:stop])
+                side_by_side = numbers[start:stop] == list(range(numbers[start], numbers[start] + len(tasks)))
+                if numbers[start] // nq != numbers[start:stop][-1] // nq:
+                    side_by_side = False
                 strips.append(
                     Gathered(
                         shape, group, key_group, tasks % nq, chosen[tasks, :width], rows, columns, look, self.mask,
-                        look == width, self._known,
+                        look == width, self._known, divmod(numbers[start], nq) if side_by_side else None,
                     )
                 )  # fmt: skip
                 start += len(tasks)

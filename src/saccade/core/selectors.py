@@ -57,10 +57,9 @@ class Select(Part):
 def pool(x: Tensor, size: int) -> Tensor:
     """Mean of each run of ``size`` tokens (the last may be shorter): ``[..., N, D]`` to ``[..., N / size, D]``."""
     n = x.shape[-2]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -n % size)).unflatten(-2, (-1, size))
-    counts = torch.full((padded.shape[-3],), size, device=x.device)
-    counts[-1] = n - (len(counts) - 1) * size
-    return padded.sum(-2) / counts[:, None].to(x.dtype)
+    whole = n // size * size
+    means = x[..., :whole, :].unflatten(-2, (-1, size)).mean(-2)
+    return means if whole == n else torch.cat([means, x[..., whole:, :].mean(-2, keepdim=True)], -2)
 
 
 class TopKBlocks(Select):

@@ -74,7 +74,7 @@ class Strip:
     partial: list[tuple[int, int]]  # runs of keys, within the strip, where the mask must be looked at
     mask: Mask
     may_be_empty: bool
-    known: dict[tuple[int, int, int], Veil]  # what the mask hides, by place, if it depends on the distance alone
+    known: dict[tuple[int, ...], Veil]  # what the mask hides, by place, if it depends on the distance alone
 
     @property
     def first_group(self) -> int:
@@ -185,7 +185,7 @@ class Stair:
     partial: list[tuple[int, int]]
     mask: Mask
     may_be_empty: bool
-    known: dict[tuple[int, int, int], Veil]
+    known: dict[tuple[int, ...], Veil]
 
     @property
     def first_group(self) -> int:
@@ -305,12 +305,13 @@ class Gathered:
     partial_blocks: int
     mask: Mask
     may_be_empty: bool
-    known: dict[tuple[int, int, int], Veil]
+    known: dict[tuple[int, ...], Veil]
+    run: tuple[int, int] | None = None  # group and first row block, if the tasks are a run of row blocks of one group
 
     @property
     def first_group(self) -> int:
         """The least of its groups."""
-        return int(self.group.min())
+        return int(self.group.min()) if self.run is None else self.run[0]
 
     @property
     def tile(self) -> tuple[int, int, int, int]:
@@ -371,20 +372,23 @@ class Gathered:
             self.known[place] = veil
         return [Hidden(start, width, veil)]
 
-    def _place_of_all(self, looked: Tensor) -> tuple[int, int, int] | None:
-        """How far the block to look at lies from the rows, if that is all the mask asks and the same for all tasks."""
-        if not self.mask.by_distance or looked.shape[1] > 1 or looked.device.type != "cpu":
+    def _place_of_all(self, looked: Tensor) -> tuple[int, ...] | None:
+        """How far the blocks to look at lie from the rows, if that is all the mask asks and the same for all tasks."""
+        if not self.mask.by_distance or looked.shape[1] > 4 or looked.device.type != "cpu":
             return None  # elsewhere to ask would be to wait for the device
-        ends = (looked[:, 0] + 1) * self.column_size, (self.row_block + 1) * self.row_size
-        away = self.row_block * self.row_size - looked[:, 0] * self.column_size
-        whole = (looked[:, 0] >= 0).all() & (ends[0] <= self.shape.m).all() & (ends[1] <= self.shape.n).all()
-        if not bool(whole & (away == away[0]).all()):
+        # A few small lists: less than the same by operations on tensors.
+        blocks, starts = looked.tolist(), [row * self.row_size for row in self.row_block.tolist()]
+        if max(starts) + self.row_size > self.shape.n:
             return None
-        return int(away[0]), self.row_size, self.column_size
+        if min(map(min, blocks)) < 0 or (max(map(max, blocks)) + 1) * self.column_size > self.shape.m:
+            return None
+        away = {tuple(at - c * self.column_size for c in each) for at, each in zip(starts, blocks, strict=True)}
+        return (*away.pop(), self.row_size, self.column_size) if len(away) == 1 else None
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows of ``[groups, rep, N, D]``, flat over ``rep``: ``[T, rep * row_size, D]``."""
-        return self.get_rows(x).flatten(1, 2)
+        mine = self.own(x)
+        return self.get_rows(x).flatten(1, 2) if mine is None else mine
 
     def keys(self, x: Tensor, room: Scratch | None = None) -> Tensor:
         """Keys of ``[key groups, M, D]``: ``[T, s * column_size, D]``, in a buffer of ``room`` if given."""
@@ -402,6 +406,15 @@ class Gathered:
         """Write ``[T, rep, row_size, ...]`` to its rows of ``[groups, rep, N, ...]``."""
         width = self.row_size * whole[0, 0, 0].numel()
         whole.view(-1, width).index_copy_(0, self._row_blocks, piece.reshape(-1, width))
+
+    def own(self, whole: Tensor) -> Tensor | None:
+        """Its rows of ``[groups, 1, N, D]`` as a contiguous view ``[T, row_size, D]``, if they lie so."""
+        if self.run is None or self.shape.rep > 1:
+            return None
+        group, first = self.run
+        start = first * self.row_size
+        mine = whole[group, 0, start : start + len(self.group) * self.row_size]
+        return mine.view(len(self.group), self.row_size, -1) if mine.is_contiguous() else None
 
     def get_rows(self, whole: Tensor) -> Tensor:
         """Read what :meth:`put_rows` wrote."""
