@@ -223,12 +223,14 @@ def test_its_card_tells_what_it_was_made_of_and_measured() -> None:
     assert card["seconds_trained"] > 0
 
 
-def test_the_recipe_is_the_one_that_made_it() -> None:
-    card = json.loads((zoo.path("lm") / "card.json").read_text())
-    assert card["recipe"] == json.loads(json.dumps(asdict(lm.Recipe())))
-    defaults = {name: p.default for name, p in inspect.signature(lm.train).parameters.items()}
-    assert card["totals_scheduled"] == [card["steps"]] == [defaults["steps"]]
-    assert card["seed"] == defaults["seed"]
+@pytest.mark.parametrize("name", lm.SIZES)
+def test_the_recipe_is_the_one_that_made_it(name: str) -> None:
+    card = json.loads((zoo.path(name) / "card.json").read_text())
+    recipe, steps = lm.SIZES[name]
+    assert card["name"] == name
+    assert card["recipe"] == json.loads(json.dumps(asdict(recipe)))
+    assert card["totals_scheduled"] == [card["steps"]] == [steps]
+    assert card["seed"] == inspect.signature(lm.train).parameters["seed"].default
 
 
 def test_its_tokenizer_is_bytes_with_bos() -> None:

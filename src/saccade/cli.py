@@ -1,4 +1,4 @@
-"""The command line: ``saccade study | list | show | check | claim | zoo``. Wrong input gets one line and code 2."""
+"""The command line: ``saccade study | view | list | show | check | claim | zoo``. Wrong input: one line and code 2."""
 
 from __future__ import annotations
 
@@ -239,6 +239,41 @@ def _with_progress(job: Any, out: Path, fresh: bool, run: Any, how: dict[str, An
     return found, f"{done} of {len(found)}"
 
 
+@app.command()
+def view(
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of a transformers model, or the zoo's lm.")],
+    text: Annotated[Path | None, typer.Option(help="File that the model reads.")] = None,
+    target: Annotated[Path | None, typer.Option(help="File that the decoder of an encoder-decoder reads.")] = None,
+    image: Annotated[Path | None, typer.Option(help="File that a vision model sees.")] = None,
+    system: Annotated[str | None, typer.Option(help="Slug: show the model before and after it is installed.")] = None,
+    edit: Annotated[list[str] | None, typer.Option(help="Show before and after an edit: 'Zero(keys=0)'.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these, comma separated.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of each text, at most.", min=1)] = None,
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1; a free one if 0.", min=0, max=65535)] = 0,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Print the link and open no browser.")] = False,
+) -> None:
+    """Show a model's attention as a page on this machine: maps, exact rows, lines, scores."""
+    with told_plainly():
+        from .viewer import Server, load
+
+        chosen = None if layers is None else _numbers(layers, "--layers")
+        with console.status("loading the model") as status:
+            session = load.session(
+                model, text=text, target=target, image=image, most=tokens, layers=chosen, system=system,
+                changes=edit or (), say=status.update,
+            )  # fmt: skip
+        try:
+            server = Server(session, port)
+        except OSError as error:
+            stop(f"port {port} of this machine cannot be used: {error.strerror}")
+    kept = sum(run.bytes for run in session.sides.values())
+    console.print(f"queries and keys kept: {kept / 1e6:.0f} MB. Ctrl-C ends. The link works on this machine alone:")
+    print(server.link, flush=True)
+    if not no_open:
+        typer.launch(server.link)
+    server.run()
+
+
 @app.command("list")
 def list_(
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
@@ -380,7 +415,7 @@ def zoo_list() -> None:
 
 @zoo_app.command("train")
 def zoo_train(
-    name: Annotated[str, typer.Argument(help="Which checkpoint: lm.")],
+    name: Annotated[str, typer.Argument(help="Which checkpoint: lm, lm-small or lm-tiny.")],
     out: Annotated[Path | None, typer.Option(help="Directory to write; the package's own if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
@@ -389,16 +424,15 @@ def zoo_train(
     """Train a checkpoint by its recipe; an interrupted training goes on from where it was."""
     from . import zoo
 
-    if name != "lm":
-        stop(f"unknown checkpoint {name!r}: there is lm")
     if steps is not None and steps < 1:
         stop(f"--steps must be at least 1; got {steps}")
     with told_plainly():
         from .zoo import lm
 
-        options: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if name not in lm.SIZES:
+            stop(f"unknown checkpoint {name!r}: there are {', '.join(lm.SIZES)}")
         try:
-            where = lm.train(out or zoo.CHECKPOINTS / name, seed=seed, threads=threads, **options)
+            where = lm.train(out or zoo.CHECKPOINTS / name, name=name, seed=seed, threads=threads, steps=steps)
         except (ValueError, RuntimeError) as error:
             stop(error)
         except KeyboardInterrupt:

@@ -1,5 +1,7 @@
 """`lm`: a byte-level LlamaForCausalLM that reads English and recalls; trained on two CPU cores in under two hours.
 
+`lm-small` and `lm-tiny` are the same with fewer and narrower layers, for what depends on the size of a model.
+
     train(out)       corpus from Debian's documentation packages, then the training itself; resumes
     evaluate(dir)    bits per byte on held-out prose against xz -9, and recall by task and length
     record(dir)      evaluate, and write what it measured into the card
@@ -84,6 +86,14 @@ class Recipe:
     def lr_at(self, step: int, steps: int) -> float:
         """Up from zero, then down to zero, linearly."""
         return self.lr * min((step + 1) / self.warmup, 1 - step / steps)
+
+
+# By name: sizes, and the steps of the whole schedule.
+SIZES: dict[str, tuple[Recipe, int]] = {
+    "lm": (Recipe(), 4000),
+    "lm-small": (Recipe(hidden=144, layers=4, head_dim=36, mlp=384), 2500),
+    "lm-tiny": (Recipe(hidden=96, layers=3, head_dim=24, mlp=256), 3000),
+}
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -242,7 +252,8 @@ def _start_recalling(model: Any, recipe: Recipe) -> None:
 def train(
     out: str | Path,
     *,
-    steps: int = 4000,
+    name: str = "lm",
+    steps: int | None = None,
     seed: int = 0,
     threads: int | None = None,
     resume: bool = True,
@@ -253,14 +264,15 @@ def train(
     log_every: int = 50,
     on_step: Callable[[int], None] | None = None,
 ) -> Path:
-    """Trains the checkpoint into the directory `out` and returns it.
+    """Trains the checkpoint `name` of SIZES into the directory `out` and returns it.
 
-    threads: worker processes of one thread each (all cores by default). corpus: a text file, instead of the
+    steps, recipe: instead of the name's own. threads: worker processes of one thread each (all cores by default). corpus: a text file, instead of the
     Debian packages. An interrupted run keeps `<out>.resume.safetensors` (saved every `save_every` seconds and
     on Ctrl-C) and goes on from there; so does a finished one when asked for more steps. on_step is called
     after every step with its number.
     """
-    out, recipe = Path(out), recipe or Recipe()
+    out, own = Path(out), SIZES[name]
+    recipe, steps = recipe or own[0], steps or own[1]
     fewest = min(rows for _, _, rows in recipe.stages)
     threads = threads or min(os.cpu_count() or 1, fewest)
     if corpus is None:
@@ -275,7 +287,7 @@ def train(
             f"zoo: expected at most {fewest} threads (the fewest sequences in a step), got {threads}: "
             "choose fewer threads"
         )
-    job = _Job(out, steps, seed, threads, resume, corpus, recipe, save_every, log_every)
+    job = _Job(name, out, steps, seed, threads, resume, corpus, recipe, save_every, log_every)
     with tempfile.TemporaryDirectory() as meeting:
         context = torch.multiprocessing.get_context("spawn")
         others = [
@@ -299,6 +311,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Job:
+    name: str
     out: Path
     steps: int
     seed: int
@@ -456,7 +469,7 @@ class _Progress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.task = self.bar.add_task("lm", total=job.steps, completed=done)
+        self.task = self.bar.add_task(job.name, total=job.steps, completed=done)
         self.every, self.steps = job.log_every, job.steps
         self.bits: dict[str, list[float]] = {}
         self.right: dict[str, list[bool]] = {}
@@ -488,8 +501,8 @@ def _export(job: _Job, model: Any, seconds: float, totals: list[int]) -> None:
     tokenizer().save_pretrained(job.out)
     manifest = job.corpus.with_suffix(".json")
     card = {
-        "name": "lm",
-        "made_by": "saccade zoo train lm",
+        "name": job.name,
+        "made_by": f"saccade zoo train {job.name}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": asdict(job.recipe),
         "steps": job.steps,
