@@ -23,6 +23,7 @@ test: $(READY) lint
 
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/hosts.py
 
 lint: $(READY)

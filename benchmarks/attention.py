@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import saccade
-from saccade import Attention, edits, masks, normalizers, scores, selectors, stats
+from saccade import Attention, edits, masks, normalizers, scores, stats
 from saccade.study.measure import peak_bytes as peak_bytes_on
 
 HEADS, WIDTH = 8, 64
@@ -56,9 +56,9 @@ class Row:
         return self.seconds / self.peer_seconds
 
 
-def inputs(n: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> list[Tensor]:
+def inputs(n: int, dtype: torch.dtype = torch.float32, grad: bool = False, heads: int = HEADS) -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(1, HEADS, n, WIDTH, dtype=dtype, requires_grad=grad) for _ in range(3)]
+    return [torch.randn(1, heads, n, WIDTH, dtype=dtype, requires_grad=grad) for _ in range(3)]
 
 
 def timed(calls: list[Call], repeats: int) -> list[float]:
@@ -201,29 +201,6 @@ def windowed(repeats: int) -> list[Row]:
     return [row]
 
 
-def selected(repeats: int) -> list[Row]:
-    """Blocks of 128 chosen by content, the choice included; 13 and 6 of them are 9.9% and 4.6% of the causal blocks."""
-    n, block = 32768, 128
-    q, k, v = inputs(n)
-
-    def attend(keep: int) -> Call:
-        spec = Attention(mask=masks.Causal(), select=selectors.TopKBlocks(keep, block=block))
-        return lambda: saccade.attention(q, k, v, spec)
-
-    kept = {90: 13, 95: 6}
-    dense, *ours = timed([lambda: sdpa(q, k, v, True), *map(attend, kept.values())], min(repeats, 2))
-    rows = -(-n // block)
-    return [
-        Row(
-            f"{sparsity}% of blocks left out by content, N={n}", "SDPA", seconds, dense,
-            {90: 1 / 6.5, 95: 1 / 12}[sparsity],
-            4.0 * (rows * keep - keep * (keep - 1) / 2) * block**2 * HEADS * WIDTH, peak_bytes(attend(keep)),
-            note=f"{dense / seconds:.1f} times as fast",
-        )
-        for (sparsity, keep), seconds in zip(kept.items(), ours, strict=True)
-    ]  # fmt: skip
-
-
 def trained(repeats: int) -> list[Row]:
     n = 4096
     q, k, v = inputs(n, grad=True)
@@ -326,14 +303,14 @@ def show(rows: list[Row], rate: float) -> Table:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def report(groups: list[Callable[[int], list[Row]]], about: str) -> None:
+    """Run groups of rows as the command line says, and print their table."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--only", default="", help="run the groups whose name contains this word")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console()
-    groups = [plain, modified, observed, windowed, selected, decoded, trained, mapped, narrow]
     rate = product_rate()
     rows: list[Row] = []
     for group in groups:
@@ -347,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report([plain, modified, observed, windowed, decoded, trained, mapped, narrow], __doc__)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from .masks import EMPTY, FULL, Causal, Full, Mask, Span
+from .masks import EMPTY, FULL, And, Causal, Full, Mask, Span
 from .program import Veil
 from .selectors import Selection
 from .strips import Gathered, Layout, Piece, Shape, Stair, Strip
@@ -100,6 +101,43 @@ class _Step:
 
 
 @dataclass
+class _Holes:
+    """Row blocks ``[R]`` of some groups with blocks between those visited that nobody sees; codes ``[R, nk]``."""
+
+    groups: tuple[int, int]
+    rows: Tensor
+    codes: Tensor
+
+
+class _Undecided:
+    """Which members of a conjunction the partial blocks are partial by: only these must be asked about their cells."""
+
+    def __init__(self, mask: Mask):
+        self.whole, self.members = mask, _members(mask)
+        self.asked: set[int] = set()
+
+    def look(self, codes: Tensor, span: Span, shape: Shape) -> None:
+        """Take note of another span and its codes."""
+        if len(self.members) == 1 or (shape.rep > 1 and codes.ndim > 3 and codes.shape[-3] > 1):
+            self.asked = {*range(len(self.members))}
+        partial = (codes > EMPTY) & (codes < FULL)
+        for i, member in enumerate(self.members):
+            if i not in self.asked and bool(((member.blocks(span) != FULL) & partial).any()):
+                self.asked.add(i)
+
+    @property
+    def mask(self) -> Mask:
+        """The conjunction of those members."""
+        if len(self.asked) == len(self.members):
+            return self.whole
+        return reduce(And, [self.members[i] for i in sorted(self.asked)] or [Full()])
+
+
+def _members(mask: Mask) -> list[Mask]:
+    return [*_members(mask.left), *_members(mask.right)] if isinstance(mask, And) else [mask]
+
+
+@dataclass
 class _Cut:
     shape: Shape
     mask: Mask
@@ -150,21 +188,23 @@ class _Cut:
         stairs = self.mask.by_distance and not self.all_heads and 0.75 * most < mean <= STAIR
         rows = -(-64 // self.row_multiple) * self.row_multiple if stairs else self._fewer(self._rows(mean, most))
         strips: list[Piece] = []
-        holes: dict[tuple[int, int], list[tuple[int, list[int], list[int]]]] = {}
+        holes: list[_Holes] = []
+        undecided = _Undecided(self.mask)
         slab = max(1, self.grain.cells // -(-shape.m // COLUMNS))  # row blocks classified at once
         for first in range(0, -(-shape.n // rows), slab):
             span = self._span(rows, COLUMNS, first, first + slab)
-            for groups, codes in _codes_by_group(self.mask.blocks(span), shape):
+            whole = self.mask.blocks(span)
+            for groups, codes in _codes_by_group(whole, shape):
+                holed = _holed(codes)
+                if len(holed):
+                    undecided.look(whole, span, shape)
+                    holes.append(_Holes(groups, first + holed, codes[holed]))
+                    codes = codes.index_fill(0, holed, EMPTY)
                 steps: list[_Step] = []
                 for i, (visited, partial) in enumerate(_runs(codes)):
                     if not visited:
                         continue
                     low, high = visited[0][0], visited[-1][1]
-                    if high - low > WASTE * sum(z - a for a, z in visited) + 2:
-                        looked = {c for a, z in partial for c in range(a, z)}
-                        full = [c for a, z in visited for c in range(a, z) if c not in looked]
-                        holes.setdefault(groups, []).append((first + i, full, sorted(looked)))
-                        continue
                     gaps = [(a, z) for (_, a), (z, _) in itertools.pairwise(visited)]
                     k0, k1 = low * COLUMNS, min(high * COLUMNS, shape.m)
                     look = [
@@ -178,8 +218,9 @@ class _Cut:
                         steps = []
                     steps.append(step)
                 strips += self._stairs(steps, groups)
-        for groups, tasks in holes.items():
-            strips += self._gathered(rows, tasks, groups)
+        known: dict[tuple[int, ...], Veil] = {}
+        for hole in holes:
+            strips += self._around(hole, rows, undecided.mask, known)
         multiples = (rows, COLUMNS) if holes else (1, 1)
         return Layout(shape, strips, *multiples, self._bounds)
 
@@ -204,33 +245,69 @@ class _Cut:
         kind = codes.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, EMPTY)
         kind, order = kind.sort(stable=True, dim=-1, descending=True)  # full, partial, empty
         chosen = chosen.gather(-1, order).masked_fill(kind == EMPTY, -1).flatten(0, 1)
-        length, full = (kind > EMPTY).sum(-1).flatten(), (kind == FULL).sum(-1).flatten()
         strips: list[Piece] = []
         for first, last in itertools.pairwise([0, *self._bounds]):
-            mine = length[first * nq : last * nq]
-            by_length = first * nq + mine.argsort(descending=True, stable=True)[: int((mine > 0).sum())]
-            lengths, fulls, numbers = (x.tolist() for x in (length[by_length], full[by_length], by_length))
-            start = 0
-            while start < len(lengths):
-                width = lengths[start]
-                stop = start + max(1, self._gathered_cells // (shape.rep * rows * columns * width))
-                tasks = by_length[start:stop]
-                group = tasks // nq
-                key_group = group
-                if split:
-                    key_group = group // before.heads * before.kv_heads + group % before.heads // before.rep
-                look = width - min(fulls[start:stop])
-                side_by_side = numbers[start:stop] == list(range(numbers[start], numbers[start] + len(tasks)))
-                if numbers[start] // nq != numbers[start:stop][-1] // nq:
-                    side_by_side = False
-                strips.append(
-                    Gathered(
-                        shape, group, key_group, tasks % nq, chosen[tasks, :width], rows, columns, look, self.mask,
-                        look == width, self._known, divmod(numbers[start], nq) if side_by_side else None,
-                    )
-                )  # fmt: skip
-                start += len(tasks)
+            tasks = torch.arange(first * nq, last * nq, device=shape.device)
+            group = key_group = tasks // nq
+            if split:
+                key_group = group // before.heads * before.kv_heads + group % before.heads // before.rep
+            strips += self._gathered(
+                chosen, kind.flatten(0, 1), tasks, group, key_group, tasks % nq, rows, columns, self.mask, self._known
+            )
         return Layout(shape, strips, rows, columns, self._bounds)
+
+    def _around(self, holes: _Holes, rows: int, mask: Mask, known: dict[tuple[int, ...], Veil]) -> Iterator[Gathered]:
+        """Row blocks with holes, for all groups that share them: what they visit is brought together."""
+        shape, codes = self.shape, holes.codes
+        if shape.n % rows:
+            codes = torch.where((holes.rows == shape.n // rows)[:, None], codes.clamp(max=1), codes)
+        if shape.m % COLUMNS:
+            codes = torch.cat([codes[:, :-1], codes[:, -1:].clamp(max=1)], -1)
+        kind, chosen = codes.sort(stable=True, dim=-1, descending=True)
+        longest = int((kind > EMPTY).sum(-1).max())
+        kind, chosen = kind[:, :longest], chosen[:, :longest].masked_fill(kind[:, :longest] == EMPTY, -1)
+        count = len(codes)
+        for first, last in itertools.pairwise([0, *self._bounds]):
+            groups = torch.arange(max(first, holes.groups[0]), min(last, holes.groups[1]), device=shape.device)
+            source = torch.arange(count, device=shape.device)
+            if self.all_heads:  # side by side, for parts that mix them
+                source, group = source.repeat_interleave(len(groups)), groups.repeat(count)
+            else:
+                source, group = source.repeat(len(groups)), groups.repeat_interleave(count)
+            yield from self._gathered(
+                chosen, kind, source, group, group, holes.rows[source], rows, COLUMNS, mask, known,
+                len(groups) if self.all_heads else 1,
+            )  # fmt: skip
+
+    def _gathered(
+        self, chosen: Tensor, kind: Tensor, source: Tensor, group: Tensor, key_group: Tensor, row_block: Tensor,
+        rows: int, columns: int, mask: Mask, known: dict[tuple[int, ...], Veil], together: int = 1,
+    ) -> Iterator[Gathered]:  # fmt: skip
+        """Strips of tasks ``[T]``: task ``t`` visits ``chosen[source[t]]``, full blocks first, then partial ones.
+
+        Tasks of like length are taken together, and never fewer than ``together``.
+        """
+        shape, nq = self.shape, -(-self.shape.n // rows)
+        length, full = (kind > EMPTY).sum(-1)[source], (kind == FULL).sum(-1)[source]
+        order = length.argsort(descending=True, stable=True)[: int((length > 0).sum())]
+        source, group, key_group, row_block = (x[order] for x in (source, group, key_group, row_block))
+        lengths, fulls, numbers = (x.tolist() for x in (length[order], full[order], group * nq + row_block))
+        start = 0
+        while start < len(lengths):
+            width = lengths[start]
+            count = self._gathered_cells // (shape.rep * rows * columns * width) // together
+            stop = min(start + max(1, count) * together, len(lengths))
+            look = width - min(fulls[start:stop])
+            run, last = divmod(numbers[start], nq), divmod(numbers[stop - 1], nq)
+            side_by_side = run[0] == last[0] and numbers[start:stop] == [
+                *range(numbers[start], numbers[start] + stop - start)
+            ]
+            yield Gathered(
+                shape, group[start:stop], key_group[start:stop], row_block[start:stop],
+                chosen[source[start:stop], :width], rows, columns, look, mask, look == width, known,
+                run if side_by_side else None,
+            )  # fmt: skip
+            start = stop
 
     @property
     def _gathered_cells(self) -> int:
@@ -306,32 +383,6 @@ class _Cut:
                         self._known,
                     )  # fmt: skip
 
-    def _gathered(
-        self, rows: int, tasks: list[tuple[int, list[int], list[int]]], groups: tuple[int, int]
-    ) -> Iterator[Gathered]:
-        """Tasks ``(row block, full blocks, blocks to look at)`` that all of these groups share."""
-        shape = self.shape
-        longest = max(len(full) + len(looked) for _, full, looked in tasks)
-        tasks = sorted(tasks, key=lambda task: len(task[1]) + len(task[2]))
-        cells = shape.rep * rows * longest * COLUMNS
-        for g0, g1 in self._group_runs(cells, groups):
-            step = max(1, self._gathered_cells // (cells * (g1 - g0)))
-            group = torch.arange(g0, g1, device=shape.device)
-            for start in range(0, len(tasks), step):
-                chunk = tasks[start : start + step]
-                width = max(len(full) + len(looked) for _, full, looked in chunk)
-                lists = [full + looked + [-1] * (width - len(full) - len(looked)) for _, full, looked in chunk]
-                padded = any((r + 1) * rows > shape.n for r, _, _ in chunk)
-                padded |= any((b + 1) * COLUMNS > shape.m for _, full, _ in chunk for b in full)
-                look = width if padded else width - min(len(full) for _, full, _ in chunk)
-                # Groups vary fastest, so that parts which mix heads find them side by side.
-                yield Gathered(
-                    shape, group.repeat(len(chunk)), group.repeat(len(chunk)),
-                    torch.tensor([r for r, _, _ in chunk], device=shape.device).repeat_interleave(len(group)),
-                    torch.tensor(lists, device=shape.device).repeat_interleave(len(group), 0),
-                    rows, COLUMNS, look, self.mask, look == width, self._known,
-                )  # fmt: skip
-
 
 def _shared_codes(codes: Tensor, shape: Shape) -> Tensor:
     """Codes ``[B, Hkv, nq, nk]`` from ``[B, H, nq, nk]``: heads that share keys visit what any of them sees."""
@@ -360,6 +411,15 @@ def _codes_by_group(codes: Tensor, shape: Shape) -> Iterator[tuple[tuple[int, in
             if own is None or not torch.equal(own, before):
                 yield (first, group), before
                 first, before = group, own if own is not None else before
+
+
+def _holed(codes: Tensor) -> Tensor:
+    """Which rows ``[R]`` of codes ``[nq, nk]`` visit blocks so far apart that they are better gathered."""
+    visited = codes > EMPTY
+    count, place = visited.sum(-1), torch.arange(codes.shape[-1], device=codes.device)
+    high = torch.where(visited, place, -1).amax(-1) + 1
+    low = torch.where(visited, place, codes.shape[-1]).amin(-1)
+    return (high - low > WASTE * count + 2).nonzero()[:, 0]
 
 
 def _runs(codes: Tensor) -> Iterator[tuple[Runs, Runs]]:

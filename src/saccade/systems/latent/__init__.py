@@ -1,0 +1,1 @@
+"""Architectures that read a long input through a smaller set of latents."""
