@@ -45,7 +45,7 @@ def patterned(repeats: int) -> list[Row]:
     n = 32768
     q, k, v = inputs(n)
     specs = {
-        "S2, stride 8": catalog.find("s2")(stride=8).build(HEADS),
+        "S2, stride 8, blocks of 128": catalog.find("s2")(block=128, local=2, stride=8).build(HEADS),
         "PowerAttention, blocks of 256": catalog.find("powerattention")(256).build(HEADS),
     }
     calls: list[Call] = [lambda spec=spec: saccade.attention(q, k, v, spec) for spec in specs.values()]

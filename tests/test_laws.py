@@ -1,4 +1,4 @@
-"""Every law fails on a mechanism that breaks it, and passes on one that does not. And: claims, ledger, trainer."""
+"""Every law fails on a mechanism that breaks it, and passes on one that does not. And: claims, ledger."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import torch
 
 from saccade import Attention, SpecError, masks, normalizers, scores
 from saccade.core.normalizers import HIDDEN
-from saccade.study import claims, laws, trainer
+from saccade.study import claims, laws
 from saccade.systems.base import ClaimNumbers, Promises, System, Unmeasured
 
 torch.set_num_threads(1)
@@ -386,49 +386,3 @@ def test_work_is_timed_in_turns():
     assert len(times.seconds["a"]) == len(times.seconds["b"]) == 2
     times = claims.Times({"a": [1.0, 20.0, 3.0], "b": [2.0, 10.0, 1.0]})
     assert times.ratio("a", "b") == 2.0 and times.median("a") == 3.0
-
-
-# ---- the trainer ----
-
-TINY = trainer.Setup(layers=2, heads=2, width=16, context=16, batch=2, steps=6, seeds=(0, 1), text=b"abcdefgh" * 200)
-
-
-def test_contestants_that_are_equal_get_equal_losses_and_learn():
-    def build(setup, layer):
-        return Attention(mask=masks.Causal())
-
-    state = torch.get_rng_state()
-    result = trainer.compare({"one": build, "two": build}, TINY)
-    assert torch.equal(state, torch.get_rng_state())
-    assert result.losses["one"] == result.losses["two"] and result.losses["one"][0] != result.losses["one"][1]
-    assert result.excess("one", "two") == (0.0, 0.0)
-    assert result.mean("one") < math.log(257)
-    assert set(result.numbers()) == {"loss_one", "loss_two"}
-
-
-def test_every_other_weight_starts_equal_whatever_the_mechanism_draws():
-    def learned(setup, layer):
-        return Attention(mask=masks.Causal(), normalizer=normalizers.Entmax(torch.nn.Parameter(1 + torch.rand(2))))
-
-    one = trainer.TinyLM(TINY, lambda setup, layer: Attention(mask=masks.Causal()), 4)
-    two = trainer.TinyLM(TINY, learned, 4)
-    assert all(torch.equal(p, dict(two.named_parameters())[name]) for name, p in one.named_parameters())
-
-
-def test_the_model_cannot_see_the_next_byte_and_training_stops_short_of_validation():
-    model = trainer.TinyLM(TINY, lambda setup, layer: Attention(mask=masks.Causal()), 0)
-    tokens = torch.randint(0, 256, (1, 12))
-    changed = tokens.clone()
-    changed[:, 7:] = 1
-    torch.testing.assert_close(model(tokens)[:, :7], model(changed)[:, :7])
-    setup = trainer.Setup()
-    assert len(setup.validation) > 20_000 and setup.validation not in setup.training
-
-
-def test_rotary_scores_depend_on_distance_alone():
-    q, k = torch.randn(2, 8, dtype=torch.float64).unbind(0)
-    turned = trainer.rotate(q.expand(1, 1, 9, 8)) @ trainer.rotate(k.expand(1, 1, 9, 8)).mT
-    for shift in range(-3, 4):
-        diagonal = turned[0, 0].diagonal(shift)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
-    assert turned.std() > 0.01

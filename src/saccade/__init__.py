@@ -3,6 +3,7 @@
 from .core import distributed, edits, masks, normalizers, scores, selectors, stats
 from .core.attend import Explanation, attention, explain, weights
 from .core.errors import SpecError, Unsupported
+from .core.linear import LinearAttention, LinearState, linear_attention, linear_weights
 from .core.masks import block_map
 from .core.spec import Attention
 from .core.tile import At, Region
@@ -14,6 +15,8 @@ __all__ = [
     "At",
     "Attention",
     "Explanation",
+    "LinearAttention",
+    "LinearState",
     "Region",
     "SpecError",
     "Unsupported",
@@ -24,6 +27,8 @@ __all__ = [
     "edits",
     "explain",
     "install",
+    "linear_attention",
+    "linear_weights",
     "masks",
     "normalizers",
     "scores",

@@ -271,7 +271,10 @@ def view(
     print(server.link, flush=True)
     if not no_open:
         typer.launch(server.link)
-    server.run()
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command("list")

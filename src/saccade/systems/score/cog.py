@@ -24,7 +24,8 @@ from ...core.spec import Attention
 from ..base import ClaimNumbers, Promises, System
 
 if TYPE_CHECKING:
-    from ...study.trainer import Setup, TinyLM
+    from ...nn import GPT
+    from ...study.trainer import Setup
 
 USED = 0.05  # share of the absolute mass that must be negative
 SHORT = 8  # ones in the shortest run
@@ -97,7 +98,7 @@ def layered(setup: Setup, layer: int) -> Attention:
     return Cog().build(setup.heads)
 
 
-def _kept(model: TinyLM, setup: Setup) -> float:
+def _kept(model: GPT, setup: Setup) -> float:
     """How much of the difference of two prompts' last states is left as a run of ones grows: 1 is all.
 
     As in the official draw_rep_dif.py: the largest difference within a head's share of the last state, averaged over
@@ -116,7 +117,7 @@ def _kept(model: TinyLM, setup: Setup) -> float:
     return statistics.geometric_mean(task[i] / task[0] for task in (count, search) for i in range(1, len(task)))
 
 
-def _last(model: TinyLM, prompt: bytes) -> Tensor:
+def _last(model: GPT, prompt: bytes) -> Tensor:
     from ...worlds.text import encode
 
     return model.states(encode(prompt)[None])[0, -1]

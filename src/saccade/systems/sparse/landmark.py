@@ -41,7 +41,8 @@ from ...core.tile import At
 from ..base import ClaimNumbers, Promises, System
 
 if TYPE_CHECKING:
-    from ...study.trainer import Setup, TinyLM
+    from ...nn import GPT
+    from ...study.trainer import Setup
 
 
 TEXT, BLOCKS, KEPT = 15, 8, 2  # of the claim: text per block, blocks, blocks retrieved
@@ -169,7 +170,7 @@ def _batches(source: bytes, setup: Setup, seed: int) -> Iterator[Tensor]:
         yield F.pad(tokens.unflatten(-1, (BLOCKS, TEXT)), (0, 1)).flatten(1)
 
 
-def _error(model: TinyLM, tokens: Tensor, landmarks: bool) -> Tensor:
+def _error(model: GPT, tokens: Tensor, landmarks: bool) -> Tensor:
     """Cross entropy of the text, nats per byte; without landmarks they are taken out first."""
     if not landmarks:
         tokens = tokens[tokens != 0].view(len(tokens), -1)
@@ -177,12 +178,11 @@ def _error(model: TinyLM, tokens: Tensor, landmarks: bool) -> Tensor:
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), aims.flatten(), ignore_index=-100)
 
 
-def _train(setup: Setup, spec: Attention) -> tuple[float, TinyLM]:
+def _train(setup: Setup, spec: Attention) -> tuple[float, GPT]:
     """Validation loss of a small model with this program in every layer, and the model."""
-    from ...study.trainer import TinyLM
+    from ...study.trainer import tiny
 
-    with torch.random.fork_rng():
-        model = TinyLM(setup, lambda setup, layer: spec, seed=0)
+    model = tiny(setup, lambda setup, layer: spec, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setup.lr, betas=(0.9, 0.95))
     for tokens in islice(_batches(setup.training, setup, 0), setup.steps):
         optimizer.zero_grad()
@@ -193,9 +193,9 @@ def _train(setup: Setup, spec: Attention) -> tuple[float, TinyLM]:
 
 
 @torch.no_grad()
-def _loss(model: TinyLM, setup: Setup, spec: Attention) -> float:
+def _loss(model: GPT, setup: Setup, spec: Attention) -> float:
     """Validation loss with this program in every layer."""
-    for layer in model.layers:
+    for layer in model.attentions:
         layer.spec = spec
     held = islice(_batches(setup.validation, setup, 10_000), 4)
     return statistics.fmean(float(_error(model, x, isinstance(spec.normalizer, GroupedSoftmax))) for x in held)

@@ -111,7 +111,7 @@ class MoBA(System):
 
     def claim(self) -> ClaimNumbers:
         """The paper's three: loss as full attention's (its 81% sparsity), the switch to full, and cost on long text."""
-        from ...study.trainer import Setup, batches, compare
+        from ...study.trainer import Setup, batches, compare, next_token
 
         setup = Setup(steps=60, seeds=(0, 1))  # 16 blocks of its 128 tokens, top 3: as 8192 tokens in blocks of 512
         result = compare({"full": _full, "moba": lambda s, layer: MoBA(8, 3, 16).build(s.heads)}, setup)
@@ -120,10 +120,10 @@ class MoBA(System):
         for model in result.models["moba"]:
             tokens = next(batches(setup.validation, setup, 20_000))
             with torch.no_grad():
-                before = float(model.loss(tokens))
-                for index, layer in enumerate(model.layers):
+                before = float(next_token(model, tokens))
+                for index, layer in enumerate(model.attentions):
                     layer.spec = _full(setup, index)
-                spikes.append(float(model.loss(tokens)) / before - 1)
+                spikes.append(float(next_token(model, tokens)) / before - 1)
         speed, power = _cost(8192)
         return ClaimNumbers.decide(
             result.numbers()
