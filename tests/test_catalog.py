@@ -9,7 +9,7 @@ import pytest
 
 from saccade import Attention, SpecError, catalog
 from saccade.cache import Policy
-from saccade.systems.base import CacheSystem, MethodSystem, Promises, StudySystem, System
+from saccade.systems.base import CacheSystem, LayerSystem, MethodSystem, Promises, StudySystem, System
 
 SYSTEM = """
 from saccade import Attention
@@ -58,6 +58,8 @@ def test_the_four_are_there_with_family_and_everything_a_list_shows():
             assert isinstance(system().policy(), Policy)
         elif issubclass(system, StudySystem):
             assert system().comparison().cells
+        elif issubclass(system, LayerSystem):
+            assert isinstance(system().layer(Place(32, 4, 0, 2, None, None)), nn.Module)
         elif not issubclass(system, MethodSystem):
             assert isinstance(system().build(4), Attention)
         assert system.__module__.split(".")[-1] == system.slug.replace("-", "_")

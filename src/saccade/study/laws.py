@@ -28,7 +28,7 @@ from ..core.attend import attention, explain, weights
 from ..core.errors import Unsupported
 from ..core.spec import Attention
 from ..core.tile import At
-from ..systems.base import CacheSystem, MethodSystem, Promises, StudySystem, System
+from ..systems.base import CacheSystem, LayerSystem, MethodSystem, Promises, StudySystem, System
 
 Status = Literal["passed", "failed", "skipped"]
 
@@ -81,12 +81,16 @@ def check(system_cls: type[System], settings: dict[str, Any] | None = None) -> l
         laws: dict[str, Callable[[Any], str]] = LAWS
         case: Any
         try:
-            if issubclass(system_cls, (CacheSystem, MethodSystem, StudySystem)):
-                from . import hosted_laws, study_laws
+            if issubclass(system_cls, (CacheSystem, MethodSystem, LayerSystem, StudySystem)):
+                from . import hosted_laws, layer_laws, study_laws
 
-                laws = hosted_laws.CACHE_LAWS if issubclass(system_cls, CacheSystem) else hosted_laws.METHOD_LAWS
-                if issubclass(system_cls, StudySystem):
-                    laws = study_laws.STUDY_LAWS
+                kinds: dict[type[System], dict[str, Callable[[Any], str]]] = {
+                    CacheSystem: hosted_laws.CACHE_LAWS,
+                    MethodSystem: hosted_laws.METHOD_LAWS,
+                    LayerSystem: layer_laws.LAYER_LAWS,
+                    StudySystem: study_laws.STUDY_LAWS,
+                }
+                laws = next(own for kind, own in kinds.items() if issubclass(system_cls, kind))
                 case = system_cls(**(settings or {}))
             else:
                 case = Case(system_cls, settings or {})

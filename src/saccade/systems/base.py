@@ -13,6 +13,7 @@ from ..core.spec import Attention
 
 if TYPE_CHECKING:  # the cache needs transformers, the report matplotlib, and a system of another kind neither
     from ..cache.policies import Policy
+    from ..nn.backbones import Place
     from ..study.cells import Comparison
 
 Verdict = Literal["holds", "does not hold", "not measured"]
@@ -134,6 +135,17 @@ class MethodSystem(System):
     def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Make an unmodified model work this way until the context is left; then it is as it was."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it does: define apply(self, model)")
+
+
+class LayerSystem(System):
+    """A system that is more than a program: subclasses define :meth:`layer`, not :meth:`build`."""
+
+    def layer(self, place: Place) -> nn.Module:
+        """What stands there in a backbone of :mod:`saccade.nn`: a layer of its own, or a program for a MultiHead.
+
+        A layer takes ``(x [B, N, width], cache=, keep=)`` as :class:`saccade.nn.MultiHead` does.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its layer is: define layer(self, place)")
 
 
 class StudySystem(System):
