@@ -6,9 +6,11 @@ import sys
 import textwrap
 
 import pytest
+from torch import nn
 
 from saccade import Attention, SpecError, catalog
 from saccade.cache import Policy
+from saccade.nn.backbones import Place
 from saccade.systems.base import CacheSystem, LayerSystem, MethodSystem, Promises, StudySystem, System
 
 SYSTEM = """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ..core import masks
 from ..core.attend import attention, explain, weights
@@ -356,7 +356,9 @@ class Work(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = getattr(func, "overloadpacket", None)
-        if packet in flop_registry:
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # unknown to torch's own registry
+            self.count += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif packet in flop_registry:
             self.count += flop_registry[packet](*args, **kwargs, out_val=out)
         elif not func.is_view:
             self.count += sum(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.linear import LinearAttention
+from ..nn import MultiHead
 from ..nn.backbones import Place
 from ..nn.init import initialise
 from ..systems.base import LayerSystem, Promises
@@ -30,7 +33,7 @@ def layer_of(system: LayerSystem, dtype: torch.dtype = torch.float64) -> nn.Modu
 
 def stream(length: int = LENGTH, dtype: torch.dtype = torch.float64, batch: int = BATCH) -> Tensor:
     """A random stream ``[batch, length, WIDTH]``."""
-    return torch.randn(batch, length, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -114,14 +117,15 @@ def a_batch_equals_each_alone(system: LayerSystem) -> str:
 def forms_agree(system: LayerSystem) -> str:
     """Kernelised attention gives the same by its parallel, chunked and recurrent forms."""
     layer, x = layer_of(system), stream()
-    specs = [m for m in layer.modules() if isinstance(m, LinearAttention)]
-    if not specs:
+    heads = [m for m in layer.modules() if isinstance(m, MultiHead) and isinstance(m.spec, LinearAttention)]
+    if not heads:
         raise Skipped("no linear attention in it")
     found = {}
-    with torch.no_grad():
-        for form in ("parallel", "chunked", "recurrent"):
-            for spec in specs:
-                spec.form = form
+    for form in ("parallel", "chunked", "recurrent"):
+        for module in heads:
+            own = partial(type(module).options, module)
+            setattr(module, "options", partial(_with_form, own, form))  # noqa: B010
+        with torch.no_grad():
             found[form] = layer(x)
     for form in ("chunked", "recurrent"):
         gap = _gap(found[form], found["parallel"])
@@ -157,6 +161,10 @@ def low_precision_is_near(system: LayerSystem) -> str:
             if not error <= tolerance:
                 raise Broken(f"{dtype} differs by {error:.1e} of the norm")
     return "float32, bfloat16"
+
+
+def _with_form(options: Callable[[Tensor], dict[str, Any]], form: str, context: Tensor) -> dict[str, Any]:
+    return {**options(context), "form": form}
 
 
 def _needs(promises: Promises, name: str) -> None:

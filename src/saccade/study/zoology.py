@@ -18,7 +18,7 @@ import functools
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -228,43 +228,50 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Training:
-    """Sizes: tokens of the vocabulary, steps and examples of each, examples held out; a pair to so many tokens."""
+    """Sizes: tokens of the vocabulary, examples to train on and how often, of a batch, held out; tokens per pair."""
 
     vocab: int = 8192
-    steps: int = 4000
-    batch: int = 64
-    test: int = 256
+    examples: int = 100_000
+    epochs: int = 64
+    batch: int = 512
+    test: int = 3000
     tokens_per_pair: int = 16
 
-    def stream(self, length: int, seed: str) -> Iterator[Labelled]:
-        """Endless examples."""
+    def data(self, length: int, seed: str, count: int) -> Labelled:
+        """So many examples as one batch."""
         pairs = max(1, length // self.tokens_per_pair)
-        return mqar(length, seed, vocab_size=self.vocab, num_kv_pairs=pairs, random_non_queries=False)
+        stream = mqar(length, seed, vocab_size=self.vocab, num_kv_pairs=pairs, random_non_queries=False)
+        return batch(stream, count)
+
+
+_data = functools.lru_cache(maxsize=2)(Training.data)  # trainings that follow each other share their examples
 
 
 def train(mixer: str, length: int, width: int, lr: float, seed: int, training: Training) -> dict[str, Any]:
-    """Train one model: AdamW, a cosine down to 0, no warm-up and no clipping; its accuracy on held examples."""
+    """Train one model: AdamW, a cosine by epoch down to 0, no warm-up and no clipping; accuracy on held examples."""
+    examples = _data(training, length, str(seed), training.examples)
+    held = _data(training, length, "held", training.test)
+    steps = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Model(mixer, training.vocab, width, length)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
-        held, examples = batch(training.stream(length, "held"), training.test), training.stream(length, f"{seed}")
-        every, accuracy = max(1, training.steps // 32), 0.0
-        for step in range(1, training.steps + 1):
-            optimizer.zero_grad()
-            given = batch(examples, training.batch)
-            asked = given.labels != IGNORED
-            loss = F.cross_entropy(model(given.inputs, asked), given.labels[asked]) + model.penalty
-            loss.backward()
-            optimizer.step()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs)
+        for _ in range(training.epochs):
+            for rows in torch.randperm(training.examples).split(training.batch):
+                inputs, labels = examples.inputs[rows], examples.labels[rows]
+                asked = labels != IGNORED
+                loss = F.cross_entropy(model(inputs, asked), labels[asked]) + model.penalty
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                steps += 1
+            accuracy = judge(model, held)
+            if accuracy > STOP:
+                break
             schedule.step()
-            if step % every == 0 or step == training.steps:
-                accuracy = judge(model, held)
-                if accuracy > STOP:
-                    break
     answers = int((held.labels != IGNORED).sum())
-    return {"accuracy": accuracy, "answers": answers, "loss": loss.item(), "steps": step}
+    return {"accuracy": accuracy, "answers": answers, "loss": loss.item(), "steps": steps}
 
 
 @torch.no_grad()
@@ -382,9 +389,9 @@ class Zoology:
         )  # fmt: skip
         intro = (
             "Keys with their values, then keys again in random places, where the value is asked. How wide must a model"
-            f" of two layers be to answer? {training.vocab:,} tokens, a pair to {training.tokens_per_pair} of them; at"
-            f" most {training.steps:,} steps of {training.batch} new examples; learning rates"
-            f" {', '.join(f'{lr:.2g}' for lr in self.lrs)}."
+            f" of two layers be to answer? A vocabulary of {training.vocab:,}, a pair to {training.tokens_per_pair}"
+            f" tokens; at most {training.epochs} epochs of {training.examples:,} examples in batches of"
+            f" {training.batch}; learning rates {', '.join(f'{lr:.2g}' for lr in self.lrs)}."
         )
         return Page("Zoology: recall over width", intro, [drawn(points), widths, every], command, seconds)
 
