@@ -230,6 +230,20 @@ def test_no_gate_recovers_the_delta_rule_and_equal_channels_the_scalar():
     assert_close(same, saccade.linear_attention(q, k, v, spec, beta=beta, log_decay=log))
 
 
+def test_transformers_computes_the_same():
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    q, k, v = (x.float() for x in inputs(n=100))
+    log, beta = decays("scalar", 2, 2, 100, 4).float(), draw(2, 2, 100).sigmoid().float()
+    theirs, last = torch_chunk_gated_delta_rule(
+        *(x.transpose(1, 2) for x in (q, k, v, log, beta)), output_final_state=True
+    )
+    spec = LinearAttention(delta=True, scale=4**-0.5)
+    out, state = saccade.linear_attention(q, k, v, spec, log_decay=log, beta=beta, return_state=True)
+    assert_close(out, theirs.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    assert_close(state.S, last, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 8, 13])
 def test_both_algebras_of_decay(size):
     """Each factor against sums over every pair of tokens."""

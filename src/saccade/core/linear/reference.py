@@ -39,7 +39,8 @@ def step_by_step(
             f_q = spec.feature.query(own(q)[None], head)[0] * spec.scale
             f_k = spec.feature.key(own(k)[None], head)[0]
             values, strength = own(v), None if beta is None else own(beta)
-            memory = values.new_zeros(f_k.shape[1], values.shape[1]) if state is None else state.S[b, h].double()
+            empty = values.new_zeros(f_k.shape[1], values.shape[1])
+            memory = empty if state is None else state.S[b, h].double()
             z = f_k.new_zeros(f_k.shape[1]) if state is None or state.z is None else state.z[b, h].double()
             rows = []
             if spec.causal:
@@ -51,7 +52,9 @@ def step_by_step(
                         g = g[h * len(g) // heads] if log_decay.ndim < 3 else g
                         memory = (torch.exp(g)[:, None] if g.ndim else torch.exp(g)) * memory
                         z = torch.exp(g) * z
-                    memory, z = _write(memory, z, f_k[t], values[t], 1.0 if strength is None else strength[t], spec.delta)
+                    memory, z = _write(
+                        memory, z, f_k[t], values[t], 1.0 if strength is None else strength[t], spec.delta
+                    )
                     rows.append(_read(memory, z, f_q[t], spec))
             else:
                 for t in range(len(f_q)):

@@ -161,7 +161,7 @@ class _Run(torch.autograd.Function):
         heads, kept, *tensors = ctx.saved_tensors
         streams = Streams(*tensors)
         asked = ctx.needs_input_grad[3:8]
-        grads = [torch.zeros_like(x) if x is not None and need else None for x, need in zip(streams, asked, strict=True)]
+        grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, asked, strict=True)]
         d_state = torch.empty_like(kept[0])
 
         sums = [torch.zeros_like(t) for t in learned]
@@ -173,7 +173,7 @@ class _Run(torch.autograd.Function):
                 leaves = [x if x is None else x.detach().requires_grad_(a) for x, a in zip(cut, asked, strict=True)]
                 state = kept[number, rows].detach().requires_grad_()
                 with torch.enable_grad():
-                    results = advance(spec, plan, heads[rows], Streams(*leaves), state, chunk)
+                    results = advance(spec, plan, heads[rows], Streams(*leaves), state, chunk)  # type: ignore[arg-type]
                 wanted = [x for x in leaves if x is not None and x.requires_grad]
                 found = iter(
                     torch.autograd.grad(
