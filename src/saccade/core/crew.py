@@ -70,6 +70,7 @@ def _pool(count: int, cores: int) -> ThreadPoolExecutor:
     started = threading.Barrier(count + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # else a thread's first operation sets the number of the whole process
         torch.set_num_threads(max(1, cores // count))
         started.wait()
 
