@@ -13,6 +13,8 @@ $(READY): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	command -v chromium >/dev/null || ! command -v apt-get >/dev/null || { apt-get update && apt-get install -y chromium; } \
+	  || echo "no Chromium: the viewer's page is not tested"
 	touch $@
 
 study: $(READY)
@@ -24,6 +26,7 @@ test: $(READY) lint
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/sparse.py
+	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/hosts.py
 
 lint: $(READY)

@@ -134,3 +134,13 @@ def test_training_moves_what_is_learned():
     (out.square().mean() + seen["entropy"].mean()).backward()
     step.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, spec.parameters(), strict=True))
+
+
+def test_a_score_that_ignores_its_input_still_has_a_backward():
+    q, k, v = (torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(3))
+    level = Attention(score=lambda score, b, h, q, k: torch.zeros_like(score), mask=masks.Causal())
+    g = torch.randn(1, 2, 70, 8)
+    dq, dk, dv = torch.autograd.grad(saccade.attention(q, k, v, level, backend="band"), (q, k, v), g)
+    assert not dq.any() and not dk.any()
+    mean = torch.ones(70, 70).tril() / torch.arange(1, 71)[:, None]
+    torch.testing.assert_close(dv, mean.T @ g)

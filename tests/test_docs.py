@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/engine.md", "docs/hosts.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md", "docs/hosts.md", "docs/layers.md", "docs/linear.md"])
 def test_examples_run_as_printed(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks

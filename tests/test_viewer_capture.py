@@ -1,5 +1,8 @@
 """What a capture gives back of a run: exact rows, pooled maps, scores; never a matrix of N²."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -174,3 +177,9 @@ def test_edits_in_words_are_literals_alone(text):
 def test_edits_in_words():
     edit = part("Scale(0.5, keys=slice(0, 4), heads=[1, -1])")
     assert (edit.factor, edit.region.keys, edit.region.heads) == (0.5, slice(0, 4), [1, -1])
+
+
+def test_the_example_in_the_docs_runs_as_printed():
+    text = (Path(__file__).parent.parent / "docs" / "explain.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(compile(block, "docs/explain.md", "exec"), {})

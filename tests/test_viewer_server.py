@@ -1,9 +1,11 @@
 """What the viewer's server answers, to whom, and what it never does."""
 
+import dataclasses
 import http.client
 import json
 import struct
 import threading
+import time
 from urllib.parse import urlparse
 
 import numpy as np
@@ -156,7 +158,7 @@ def test_a_score_taken_apart(server, runs):
 
 
 def test_a_map_of_some_queries_becomes_exact(runs, monkeypatch):
-    monkeypatch.setattr("saccade.viewer.session.LOOK", 2**17)
+    monkeypatch.setattr("saccade.viewer.session.LOOK", 2**16)
     session = Session(runs)
     key = "tile?side=0&layer=1&head=0&stat=mass&block=4&row=2&column=0"
     header, some = unpack(session.answer(key))
@@ -174,23 +176,41 @@ def test_a_map_of_some_queries_becomes_exact(runs, monkeypatch):
     assert unpack(session.answer("glance?side=0&layer=1&stat=mass"))[0]["step"] == 1
 
 
-def test_the_background_settles_what_was_asked_for_first(runs):
-    session = Session(runs)
-    session.answer("tile?side=1&layer=1&head=0&stat=mass&block=4&row=0&column=0")
-    seen, settle = [], session.settle
-    done = threading.Event()
+def test_the_background_makes_exact_what_is_looked_at_first(runs, monkeypatch):
+    monkeypatch.setattr("saccade.viewer.session.LOOK", 2**12)
+    session, seen, done = Session(runs), [], threading.Event()
+    key = "tile?side=1&layer=1&head=0&stat=mass&block=4&row=3&column=0"
+    assert unpack(session.answer(key))[0]["step"] == 4
+    put = session._kept.put
 
-    def watched(side, layer):
-        seen.append((side, layer))
-        settle(side, layer)
+    def watched(key, found):
+        put(key, found)
+        seen.append(key)
         if len(seen) == 4:
             done.set()
 
-    session.settle = watched
+    session._kept.put = watched
     session.start()
     assert done.wait(30)
     session.close()
-    assert seen[0] == (1, 1) and sorted(seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert seen[0] == ("overview", 1, 1) and sorted(seen) == [("overview", i, j) for i in (0, 1) for j in (0, 1)]
+    assert unpack(session.answer(key))[0]["step"] == 1
+
+
+def test_a_strip_of_some_queries_becomes_exact(runs, monkeypatch):
+    monkeypatch.setattr("saccade.viewer.session.LOOK", 2**12)
+    monkeypatch.setattr("saccade.viewer.capture.SIDE", 64)
+    layer = dataclasses.replace(runs["before"].layers[0])  # with levels of its own
+    session = Session({"run": Capture("lm", [layer], runs["before"].sequences)})
+    key = "tile?side=0&layer=0&head=2&stat=most&block=8&row=1&column=0"
+    assert layer.block == 32 and unpack(session.answer(key))[0]["step"] == 8
+    session.start()
+    until = time.monotonic() + 30
+    while unpack(session.answer(key))[0]["step"] > 1:
+        assert time.monotonic() < until
+        time.sleep(0.8)
+    session.close()
+    np.testing.assert_allclose(unpack(session.answer(key))[1], layer.pooled([2], 512, 1024, 8).most[0], atol=2e-6)
 
 
 def test_maps_beyond_what_is_kept_are_dropped_the_oldest_first(runs, monkeypatch):
@@ -199,7 +219,7 @@ def test_maps_beyond_what_is_kept_are_dropped_the_oldest_first(runs, monkeypatch
     for row in range(4):
         session.answer(f"tile?side=0&layer=0&head=0&stat=mass&block=4&row={row}&column=0")
     assert len(session._kept._maps) == 3 and session._kept.held == 3 * 2 * 64 * 275 * 4
-    assert not session._kept.has((0, 0, 0, 4, 0)) and session._kept.has((0, 0, 0, 4, 3))
+    assert session._kept.find((0, 0, 0, 4, 0)) is None and session._kept.find((0, 0, 0, 4, 3)) is not None
 
 
 def test_runs_that_cannot_stand_side_by_side(runs):

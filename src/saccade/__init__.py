@@ -1,5 +1,6 @@
 """saccade: attention as a small program that runs fast, trains, shows its weights and lets you change them."""
 
+from . import nn
 from .core import distributed, edits, masks, normalizers, scores, selectors, stats
 from .core.attend import Explanation, attention, explain, weights
 from .core.errors import SpecError, Unsupported
@@ -30,6 +31,7 @@ __all__ = [
     "linear_attention",
     "linear_weights",
     "masks",
+    "nn",
     "normalizers",
     "scores",
     "selectors",

@@ -254,8 +254,12 @@ def view(
 ) -> None:
     """Show a model's attention as a page on this machine: maps, exact rows, lines, scores."""
     with told_plainly():
+        import transformers
+
         from .viewer import Server, load
 
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         chosen = None if layers is None else _numbers(layers, "--layers")
         with console.status("loading the model") as status:
             session = load.session(

@@ -66,7 +66,8 @@ def run(
     summed = trained or any(s.axis == "keys" for s in program.stats)
     if summed and (shape.batch if program.spec.mixes_heads else shape.groups) < count:
         count = 1
-    grain = Grain.own(trained) if count > 1 else Grain.narrow() if narrow else Grain.trained() if trained else Grain()
+    several = trained or "scores" in program.needs
+    grain = Grain.own(several) if count > 1 else Grain.narrow() if narrow else Grain.trained() if trained else Grain()
     layout = lay_out(
         shape, narrowed(program, shape, q, k), all_heads=program.spec.mixes_heads, row_multiple=multiple,
         selection=selection, grain=grain, apart=2 * count if summed and count > 1 else 1,
@@ -351,28 +352,32 @@ class _Backward:
                 tile = tile.to(ACCUMULATE.get(tile.dtype, tile.dtype))
             weights, seen = program.define(tile, at, strip.hidden(at))
         d_weights = torch.bmm(d_rows, strip.keys(self.v).mT).view(strip.tile).to(weights.dtype)
-        outputs, gradients = [weights], [d_weights]
+        told = [(weights, d_weights)]
         places = _Places(program, self.layout)
         flat = iter(self.grad_seen)
         for index, pieces in enumerate(seen):
             for piece in pieces:
                 grad = next(flat)
-                if grad is not None and piece.requires_grad:
-                    outputs.append(piece)
-                    gradients.append(places.take(strip, index, grad).view(piece.shape))
-        found = torch.autograd.grad(outputs, [*sources, *self.learned], gradients, allow_unused=True)
+                if grad is not None:
+                    told.append((piece, places.take(strip, index, grad).view(piece.shape)))
+        told = [pair for pair in told if pair[0].requires_grad]  # a score may ignore what it is given
+        found: Sequence[Tensor | None] = [None] * len([*sources, *self.learned])
+        if told:
+            outputs, gradients = zip(*told, strict=True)
+            found = torch.autograd.grad(outputs, [*sources, *self.learned], gradients, allow_unused=True)
         for total, part in zip(d_learned, found[len(sources) :], strict=True):
             if part is not None:
                 total += part
         flat_weights = weights.detach().reshape(g, rep * n, m).to(d_rows.dtype)
         strip.add_keys(self.dv, torch.bmm(flat_weights.mT, d_rows))
         if dot:
-            assert found[0] is not None
-            self._products(strip, found[0])
-        else:
-            d_query, d_key = found[:2]
-            assert d_query is not None and d_key is not None
+            if found[0] is not None:
+                self._products(strip, found[0])
+            return
+        d_query, d_key = found[:2]
+        if d_query is not None:
             strip.put_rows(self.dq, d_query.view(g, rep, n, -1))
+        if d_key is not None:
             strip.add_keys(self.dk, d_key)
 
     def _products(self, strip: Piece, d_scores: Tensor) -> None:

@@ -46,9 +46,9 @@ class Grain:
         return Grain(2**22, 512, 1)
 
     @staticmethod
-    def own(trained: bool) -> Grain:
-        """For one of several threads, which does one product at a time."""
-        return Grain(2**20 if trained else 2**21, 256, 1)
+    def own(several: bool) -> Grain:
+        """For one of several threads, which does one product at a time; ``several``: it holds more than one tile."""
+        return Grain(2**20 if several else 2**21, 256, 1)
 
 
 def lay_out(

@@ -193,7 +193,16 @@ class _BlockStat(Stat):
     def _over_keys(self, tile: Tile, reduce: str) -> Tensor:
         """Reduce the keys of each block: ``[g, r, n, nk]``."""
         weights, at = tile.weights, tile.at
-        count = -(-at.m // self.block[1])
+        columns = self.block[1]
+        count = -(-at.m // columns)
+        if at.first is not None:  # a range of keys: its blocks lie side by side
+            before = at.first % columns
+            after = -(before + weights.shape[-1]) % columns
+            whole = torch.nn.functional.pad(weights, (before, after)) if before or after else weights
+            apart = whole.unflatten(-1, (-1, columns))
+            blocks = apart.amax(-1).clamp(min=0) if reduce == "amax" else apart.sum(-1)
+            first = at.first // columns
+            return torch.nn.functional.pad(blocks, (first, count - first - blocks.shape[-1]))
         index = (at.k // self.block[1]).expand(*weights.shape[:2], 1, -1).expand_as(weights)
         empty = weights.new_zeros(*weights.shape[:-1], count)
         return empty.scatter_reduce(-1, index, weights, reduce)

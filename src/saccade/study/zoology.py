@@ -45,6 +45,7 @@ from .page import Page, Table
 from .runner import engine
 
 SOLVED = 0.9  # accuracy from which on a width solves a length
+GAP = 0.1  # in accuracy; less than this is no gap to close
 STOP = 0.99  # a training ends as soon as this accuracy is exceeded, as the official one does
 DROPOUT = 0.1  # of embeddings, and of the weights of plain attention
 TAPS = 3
@@ -124,6 +125,10 @@ class Softmax(MultiHead):
             self.dropping.reseed()
         self.spec = self.dropped if drops else self.whole
         return super().forward(x, *args, **given)
+
+    def options(self, context: Tensor) -> dict[str, Any]:
+        # Of texts as short as these the whole matrix costs less than strips of it.
+        return {"backend": "reference"} if self.spec is self.dropped else {}
 
 
 class Selected(nn.Module):
@@ -423,13 +428,16 @@ def solved(points: Sequence[Point], mixer: str, length: int) -> int | None:
 
 
 def gap_closed(points: Sequence[Point]) -> dict[str, float]:
-    """By mixer, (accuracy - base-conv's) / (attention's - base-conv's), of means over lengths and widths."""
+    """By mixer, (accuracy - base-conv's) / (attention's - base-conv's), of means over lengths and widths.
+
+    Nothing where attention is hardly better than base-conv.
+    """
     by_mixer: dict[str, list[float]] = {}
     for point in points:
         by_mixer.setdefault(point.mixer, []).append(point.accuracy)
     mean = {mixer: statistics.fmean(found) for mixer, found in by_mixer.items()}
     low, high = mean.pop("base-conv", math.nan), mean.pop("attention", math.nan)
-    return {mixer: (found - low) / (high - low) for mixer, found in mean.items()} if high > low else {}
+    return {mixer: (found - low) / (high - low) for mixer, found in mean.items()} if high - low >= GAP else {}
 
 
 def drawn(points: Sequence[Point]) -> dict[str, str]:

@@ -266,10 +266,10 @@ def train(
 ) -> Path:
     """Trains the checkpoint `name` of SIZES into the directory `out` and returns it.
 
-    steps, recipe: instead of the name's own. threads: worker processes of one thread each (all cores by default). corpus: a text file, instead of the
-    Debian packages. An interrupted run keeps `<out>.resume.safetensors` (saved every `save_every` seconds and
-    on Ctrl-C) and goes on from there; so does a finished one when asked for more steps. on_step is called
-    after every step with its number.
+    steps, recipe: instead of the name's own. threads: worker processes of one thread each (all cores by default).
+    corpus: a text file, instead of the Debian packages. An interrupted run keeps `<out>.resume.safetensors` (saved
+    every `save_every` seconds and on Ctrl-C) and goes on from there; so does a finished one when asked for more
+    steps. on_step is called after every step with its number.
     """
     out, own = Path(out), SIZES[name]
     recipe, steps = recipe or own[0], steps or own[1]
