@@ -298,10 +298,12 @@ class _Call:
             s.n, s.m, spec.select.rows, spec.select.columns, offset=s.offset, batch=s.batch, heads=s.heads,
             device=s.device,
         )  # fmt: skip
-        codes = spec.mask.blocks(span)
-        codes = codes[(None,) * (4 - codes.ndim)]
-        if not bool((codes > EMPTY).any()):
-            raise SpecError("the mask hides every key, so there is nothing to select from")
+        codes = self.q.new_empty(0, dtype=torch.int8)
+        if spec.select.asks_codes:
+            codes = spec.mask.blocks(span)
+            codes = codes[(None,) * (4 - codes.ndim)]
+            if not bool((codes > EMPTY).any()):
+                raise SpecError("the mask hides every key, so there is nothing to select from")
         found = spec.select.choose(q, k, codes)
         nq, heads = -(-s.n // found.rows), found.blocks.shape[1]
         if found.blocks.ndim != 4 or found.blocks.shape[2] != nq or heads not in (1, s.kv_heads, s.heads):

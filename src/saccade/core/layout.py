@@ -234,15 +234,12 @@ class _Cut:
             self._bounds = self._cut_groups(before.rep)
         nq, nk = -(-shape.n // rows), -(-shape.m // columns)
         chosen = chosen.expand(shape.batch, shape.kv_heads, nq, -1).reshape(shape.groups, nq, -1)
-        codes = self.mask.blocks(self._span(rows, columns))
-        codes = codes[(None,) * (4 - codes.ndim)].clone()
-        if shape.n % rows:
-            codes[:, :, -1:].clamp_(max=1)  # the padding of rows and keys must be looked at
-        if shape.m % columns:
-            codes[..., -1:].clamp_(max=1)
-        codes = _shared_codes(codes, shape).expand(shape.batch, shape.kv_heads, nq, nk).reshape(-1, nq, nk)
         chosen = chosen.sort(-1).values  # what lies side by side is fetched side by side
-        kind = codes.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, EMPTY)
+        kind = self._kinds(chosen, rows, columns).masked_fill(chosen < 0, EMPTY)
+        if shape.n % rows:
+            kind[:, -1].clamp_(max=1)  # the padding of rows and keys must be looked at
+        if shape.m % columns:
+            kind = torch.where(chosen == nk - 1, kind.clamp(max=1), kind)
         kind, order = kind.sort(stable=True, dim=-1, descending=True)  # full, partial, empty
         chosen = chosen.gather(-1, order).masked_fill(kind == EMPTY, -1).flatten(0, 1)
         strips: list[Piece] = []
@@ -255,6 +252,22 @@ class _Cut:
                 chosen, kind.flatten(0, 1), tasks, group, key_group, tasks % nq, rows, columns, self.mask, self._known
             )
         return Layout(shape, strips, rows, columns, self._bounds)
+
+    def _kinds(self, chosen: Tensor, rows: int, columns: int) -> Tensor:
+        """What the mask says of chosen blocks ``[groups, nq, s]``."""
+        shape, nq = self.shape, chosen.shape[1]
+        nk = -(-shape.m // columns)
+        if self.mask.by_distance and nq * nk > SMALL:  # ask about these blocks alone
+            q = torch.arange(nq, device=shape.device)[:, None] * rows
+            k = chosen.clamp(min=0) * columns
+            k_hi = (k + columns).clamp(max=shape.m) - 1
+            q_hi = (q + rows).clamp(max=shape.n) - 1
+            asked = Span(q, q_hi, k, k_hi, shape.batch, shape.heads, shape.n, shape.m, shape.offset)
+            return self.mask.blocks(asked)
+        codes = self.mask.blocks(self._span(rows, columns))
+        codes = _shared_codes(codes[(None,) * (4 - codes.ndim)], shape)
+        codes = codes.expand(shape.batch, shape.kv_heads, nq, nk).reshape(-1, nq, nk)
+        return codes.gather(-1, chosen.clamp(min=0))
 
     def _around(self, holes: _Holes, rows: int, mask: Mask, known: dict[tuple[int, ...], Veil]) -> Iterator[Gathered]:
         """Row blocks with holes, for all groups that share them: what they visit is brought together."""

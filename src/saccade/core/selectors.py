@@ -36,6 +36,8 @@ class Selection:
 class Select(Part):
     """Base of all selectors. ``rows`` and ``columns`` are the sides of a block."""
 
+    asks_codes = True  # a selector of single keys that does without the map saves N x M codes
+
     def __init__(self, rows: int, columns: int):
         super().__init__()
         if rows < 1 or columns < 1:
@@ -49,7 +51,8 @@ class Select(Part):
             q: ``[B, H, N, D]``.
             k: ``[B, Hkv, M, D]``.
             codes: what the mask says of each block (``masks.EMPTY``, ``PARTIAL``, ``FULL``), int8, broadcasting to
-                ``[B, H, nq, nk]``. Empty blocks need not be chosen; choosing them is harmless.
+                ``[B, H, nq, nk]``. Empty blocks need not be chosen; choosing them is harmless. Without ``asks_codes``
+                an empty tensor.
         """
         raise NotImplementedError
 

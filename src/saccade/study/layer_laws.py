@@ -25,8 +25,8 @@ LAYER_LAWS: dict[str, Callable[[LayerSystem], str]] = {}
 
 def layer_of(system: LayerSystem, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The second of two layers that it makes, with first weights that are large enough to matter."""
-    place = Place(WIDTH, HEADS, 1, 2, None, None)
-    layer = place.filled(system.layer)
+    torch.manual_seed(0)  # of parts that draw their own first weights; `check` keeps the caller's state
+    layer = Place(WIDTH, HEADS, 1, 2, None, None).filled(system.layer)
     initialise(layer, "xavier", 0)
     return layer.to(dtype).eval()
 

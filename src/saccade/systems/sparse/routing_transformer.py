@@ -65,6 +65,7 @@ class Routing(Select):
     them by ``1 - decay``, after it was answered.
     """
 
+    asks_codes = False
     means: Tensor | None
     sums: Tensor | None
     counts: Tensor | None
