@@ -1,0 +1,1 @@
+"""Linear attention: kernelised maps, decays, states, and what is built around them."""
