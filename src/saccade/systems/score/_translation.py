@@ -1,0 +1,36 @@
+"""What the claims about translation share: batches of the world of small languages, and a model's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...worlds.translation import Translation
+
+BATCH = 32
+HELD = 999  # the seed of what is never trained on
+
+
+def vocabulary() -> int:
+    """Tokens of source and target, which share one table."""
+    from ...worlds.grammar import words
+    from ...worlds.translation import target_words
+
+    return max(len(words()), len(target_words()))
+
+
+def pairs(seed: int) -> Iterator[Translation]:
+    """Endless batches of sentences and their translations."""
+    from ...worlds.translation import batch, translation
+
+    stream = translation(seed)
+    while True:
+        yield batch(stream, BATCH)
+
+
+def told(given: Translation) -> tuple[Tensor, ...]:
+    """Source, target so far, which of the source are words, and what follows: an EncoderDecoder's, with labels."""
+    return given.tokens, given.target[:, :-1], given.tokens != 0, given.labels
