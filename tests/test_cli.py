@@ -160,7 +160,7 @@ def test_claim_prints_verdict_and_numbers(monkeypatch, tmp_path):
 def test_zoo():
     assert run("zoo", "list").exit_code == 0
     wrong = run("zoo", "train", "giant")
-    assert wrong.exit_code == 2 and "there is lm" in wrong.stderr
+    assert wrong.exit_code == 2 and "there are lm" in wrong.stderr
     assert run("zoo", "train", "lm", "--steps", "0").exit_code == 2
 
 

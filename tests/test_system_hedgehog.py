@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saccade import Unsupported, linear_weights
+from saccade.hosts.replaced import Read, read
 from saccade.nn.backbones import Place
 from saccade.systems.linear.hedgehog import Hedgehog, _truth, accuracy, tune, weight_shapes
-from saccade.systems.sparse._replaced import Read, read
 
 
 def draw(*shape, seed=0):

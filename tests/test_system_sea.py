@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from saccade import SpecError
+from saccade.hosts.replaced import read
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.study.laws import Work
-from saccade.systems.sparse._replaced import read
 from saccade.systems.sparse.sea import Sea
 
 torch.set_num_threads(1)

@@ -206,29 +206,19 @@ def _command() -> str:
 
 def _with_progress(job: Any, out: Path, fresh: bool, run: Any, how: dict[str, Any]) -> tuple[list[Any], str]:
     """Run a study under a progress bar; what it found, and how many of its cells were computed now."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from .study.progress import bar
 
     if fresh:
         for path in (out / "cells").glob("*.json"):
             path.unlink()
     done = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = rich.console.Console(stderr=True)
     try:
-        with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=shown) as bar:
-            line = bar.add_task("study", total=len(job.cells))
+        with bar(len(job.cells), "study") as tell:
 
             def on_cell(cell: Any, computed: bool) -> None:
                 nonlocal done
                 done += computed
-                bar.update(line, advance=1, description=job.name(cell))
+                tell(job.name(cell), 1)
 
             found = run(on_cell, **how)
     except KeyboardInterrupt:

@@ -199,7 +199,8 @@ def join(x: Tensor) -> Tensor:
 def grouped(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with equally many heads: the fewer are repeated."""
     heads = max(k.shape[1], v.shape[1])
-    return k.repeat_interleave(heads // k.shape[1], 1), v.repeat_interleave(heads // v.shape[1], 1)
+    k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    return k, v
 
 
 def padded(spec: Attention, keep: Tensor) -> Attention:

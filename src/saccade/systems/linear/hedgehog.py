@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from ...core.errors import Unsupported
 from ...core.linear import LinearAttention, features, linear_attention, linear_weights
+from ...hosts.replaced import Read, read, replaced
 from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
-from ..sparse._replaced import Read, read, replaced
 
 SIZE, BATCH, DISTILL, TUNE = 256, 2, 60, 80  # of the claim: bytes of a text, texts of a step, steps
 RECOVERED = 0.99  # of what the model, tuned on the same texts, gets right

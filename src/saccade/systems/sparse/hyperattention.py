@@ -42,9 +42,9 @@ from ...core.scores import Dot
 from ...core.spec import Attention
 from ...core.stats import LogSumExp
 from ...core.tile import At
+from ...hosts.replaced import replaced
 from ..base import ClaimNumbers, MethodSystem, Promises
 
-NAME = "saccade_hyperattention"
 SPEEDUP = 5.0  # at 131072 tokens, causal, as the paper has it
 FEW, MANY = 64, 1024  # samples of the error's two ends; a sampling error falls by four between them
 FALLS = 2.0  # how many times it must fall at least
@@ -170,9 +170,7 @@ class HyperAttention(MethodSystem):
     @contextmanager
     def apply(self, model: Any) -> Iterator[None]:
         """Read whole prompts this way, in every layer of a causal model of transformers, until the context is left."""
-        from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.masking_utils import sdpa_mask
 
         made: dict[int, Hyper] = {}
 
@@ -183,16 +181,8 @@ class HyperAttention(MethodSystem):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             return hyper(q, k, v, given.get("scaling"), causal=True)[0].transpose(1, 2).contiguous(), None
 
-        before = model.config._attn_implementation
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        try:
-            model.set_attn_implementation(NAME)
+        with replaced(model, attend):
             yield
-        finally:
-            model.set_attn_implementation(before)
-            for registry in (AttentionInterface, AttentionMaskInterface):
-                registry._global_mapping.pop(NAME, None)
 
     def claim(self) -> ClaimNumbers:
         """Error in the theorem's norm by the number of samples, what the hash is worth, and time against SDPA."""

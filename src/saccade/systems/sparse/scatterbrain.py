@@ -43,9 +43,9 @@ from ...core.scores import Dot
 from ...core.spec import Attention
 from ...core.stats import LogSumExp
 from ...core.tile import At
+from ...hosts.replaced import Read, read, replaced
 from ..base import ClaimNumbers, MethodSystem, Promises
 from ._features import linear, orthogonal
-from ._replaced import Read, read, replaced
 
 SHARE = 32  # of the claim: the budget is this part of a row, as in the paper's vision models
 BETTER = 2.1  # times the error of the better of the two parts, as the paper's abstract has it

@@ -45,9 +45,9 @@ from ...core.masks import Causal, Window
 from ...core.normalizers import HIDDEN
 from ...core.scores import Dot
 from ...core.spec import Attention
+from ...hosts.replaced import Read, read, replaced
 from ..base import ClaimNumbers, MethodSystem, Promises
 from ._features import linear, orthogonal
-from ._replaced import Read, read, replaced
 
 SHRINK, SPLITS = 4, 2  # the picture is drawn this much narrower, in so many channels per head
 EDGE = 1e-4  # of a pixel: a key on the edge of two belongs to the lower
