@@ -1,6 +1,7 @@
 """Cells over a real Ray of two workers: the same results as in turn, files written here, nothing computed twice."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_two_workers_measure_what_one_process_measures(tiny, tmp_path):
     for mine, theirs in zip(alone, found, strict=True):
         assert mine["key"] == theirs["key"]
         if mine["task"] == "text":
-            assert theirs["result"] == pytest.approx(mine["result"], rel=1e-4)
+            assert theirs["result"]["bits_per_byte"] == pytest.approx(mine["result"]["bits_per_byte"], rel=1e-4)
         else:
             assert theirs["result"]["prefill_s"]["n"] == 1
     again = []
@@ -50,6 +51,9 @@ def refuse(job, missing):
 
 
 def test_work_is_really_elsewhere_and_in_parallel(tmp_path):
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not see the tests' folder
     job = Whose()
     found = cells.run(job, tmp_path, spread=cluster.over("local"))
     assert [cell["result"]["square"] for cell in found] == [0, 1, 4, 9]
@@ -58,7 +62,7 @@ def test_work_is_really_elsewhere_and_in_parallel(tmp_path):
 
 
 class Whose:
-    """Says who measured; the second cell waits for the first, which waits for the second."""
+    """Says who measured, after a while in which the other worker must take the next cell."""
 
     cells = (0, 1, 2, 3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -43,8 +44,11 @@ def over(address: str, threads: int = 1) -> Callable[[Job, Sequence[Any]], Itera
 
         options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
+            if ":" in address:  # Ray itself would go on trying for minutes
+                host, port = address.removeprefix("ray://").rsplit(":", 1)
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, **options)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise SpecError(
                 f"no Ray cluster at {address!r} ({error}): start one with 'ray start --head', or use local"
             ) from error
