@@ -80,6 +80,22 @@ def test_every_strip_is_worked_on_once(threads, monkeypatch, watched):
     assert cells == sorted({(g, r0) for g in range(4) for _, _, r0 in places})
 
 
+def test_a_thread_has_its_own_cores_only_from_its_first_operation_on():
+    """Torch sets a thread's number at its first operation, to that of the process unless somebody asked before."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        crew._pool.cache_clear()
+
+        def used(_):
+            torch.randn(1 << 20).exp_()
+            return torch.get_num_threads()
+
+        assert crew.share([[0], [1]], used, 2) == [1, 1]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_in_a_thread_reaches_the_caller_and_ends_the_work(threads):
     q = torch.randn(1, 8, 2048, 8)
     calls = []

@@ -6,14 +6,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 import saccade
 from dense import agree, classified, everything, poisoned, qkv
 from saccade import Attention, edits, masks, normalizers, scores, selectors, stats
+from saccade.core import layout
 from saccade.core.layout import lay_out
 from saccade.core.program import Program
 from saccade.core.reach import Near, narrowed
-from saccade.core.strips import Shape, Stair
+from saccade.core.strips import Gathered, Shape, Stair
+from saccade.systems.sparse.block_masks import NearBlocks
+from saccade.systems.sparse.s2 import Shards
 
 LAWS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -381,3 +385,25 @@ def test_the_room_of_a_cache_that_is_not_full_is_not_read():
         empty = torch.arange(20)[:, None] >= 13
         k_new, v_new = (x.masked_fill(empty, float("nan")) for x in (k, v))
         torch.testing.assert_close(saccade.attention(q, k_new, v_new, Attention(mask=mask), offset=4), want)
+
+
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Causal() & masks.Window(40)])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (16, 8)])
+def test_chosen_blocks_alone_are_asked_about_where_the_map_would_be_large(monkeypatch, mask, rows, columns):
+    """The codes of chosen blocks are those that the whole map would give; lengths that no block divides."""
+    monkeypatch.setattr(layout, "SMALL", 0)
+    q, k, v = (torch.randn(1, 2, 133, 8, dtype=torch.float64) for _ in range(3))
+    spec = Attention(mask=mask, select=selectors.TopKBlocks(5, block=columns, rows=rows))
+    assert_close(saccade.attention(q, k, v, spec), saccade.attention(q, k, v, spec, backend="reference"))
+
+
+def test_members_that_are_full_are_not_asked_about_the_cells():
+    """A pattern with holes under Causal: only the diagonal is partial, and only Causal makes it so."""
+    n = 1024
+    holes = Shards(64, torch.tensor([4]), torch.tensor([0])) | NearBlocks(64, 1)
+    shape = Shape(1, 1, 1, n, n, 0, False, torch.device("cpu"))
+    gathered = [s for s in lay_out(shape, masks.Causal() & holes).strips if isinstance(s, Gathered)]
+    assert gathered and all(isinstance(s.mask, masks.Causal) for s in gathered)
+    q, k, v = (torch.randn(1, 1, n, 8, dtype=torch.float64) for _ in range(3))
+    spec = Attention(mask=masks.Causal() & holes)
+    assert_close(saccade.attention(q, k, v, spec), saccade.attention(q, k, v, spec, backend="reference"))
