@@ -89,6 +89,11 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def sources(*files: Path) -> str:
+    """A hash of source files, for keys."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
+
+
 def _digest(key: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -14,7 +14,6 @@ tokens before it given. The two together are one reading of the page, so both ph
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,7 @@ from ..core.stats import Stat
 from ..core.tile import Tile
 from ..hosts.handles import install, listen, watch
 from ..systems.sparse._vertical_slash import by_distance, last_weights, listed
-from . import models, plots, tasks
+from . import cells, models, plots, tasks
 from .page import Page, Table
 from .runner import engine
 
@@ -637,4 +636,4 @@ def _stacked(pages: Sequence[tasks.Sample], model: Any) -> Tensor:
 def _source() -> str:
     """A hash of this file and of what ranks the lines; taken once, as they were when this process began to run them."""
     files = Path(__file__), Path(str(sys.modules[by_distance.__module__].__file__))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    return cells.sources(*files)

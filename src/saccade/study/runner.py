@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -201,7 +200,7 @@ def engine() -> str:
         here / "measure.py",
         here / "tasks.py",
     ]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:12]
+    return cells.sources(*files)
 
 
 def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

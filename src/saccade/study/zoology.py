@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -39,7 +38,7 @@ from ..nn.init import fresh_seed, initialise
 from ..nn.positions import Learned
 from ..worlds.batches import IGNORED, Labelled
 from ..worlds.mqar import batch, mqar
-from . import plots
+from . import cells, plots
 from .frontier import wilson
 from .page import Page, Table
 from .runner import engine
@@ -418,7 +417,7 @@ def _source() -> str:
     """A hash of what trains and is trained, beside the engine."""
     here = Path(__file__).parent.parent
     files = [Path(__file__), here / "worlds" / "mqar.py", *here.glob("nn/*.py"), *here.glob("core/linear/*.py")]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:12]
+    return cells.sources(*files)
 
 
 def solved(points: Sequence[Point], mixer: str, length: int) -> int | None:
