@@ -88,7 +88,9 @@ def study(
         str | None, typer.Option(help="Directory or Hub id of a causal LM; the zoo's if not given.")
     ] = None,
     systems: Annotated[str | None, typer.Option(help="Names, comma separated; 'all' for every one.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Of text, needle, recall, lookup, copy.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Of text, needle, recall, lookup, copy, passkey, tracking, aggregation.")
+    ] = None,
     lengths: Annotated[str | None, typer.Option(help="Tokens, comma separated.")] = None,
     count: Annotated[int | None, typer.Option(help="Samples per task and length.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds.")] = None,

@@ -9,7 +9,7 @@ per coordinate, lets it be small (ReLA-g of the paper).
 
 Paper: Sparse Attention with Linear Units, arXiv:2104.07012
 Code: https://github.com/bzhangGo/zero (modules/rela.py: dot_attention, gated_rms_norm; eps 1e-8, scale of ones, gate
-    uniform in +- sqrt(3 / (H D)) by the repository's default initializer)
+    uniform in +- sqrt(3 / (H D)): unit-scaled uniform, taken to be the default)
 
 Differs: no biases on the projections. The gate's first numbers are drawn from the layer's number, so that models
 compared start equal.
