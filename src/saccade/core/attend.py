@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import band, reference
+from .border import described
 from .errors import SpecError, Unsupported
 from .layout import lay_out
 from .masks import EMPTY, Causal, Full, Span
@@ -238,26 +239,14 @@ class _Call:
         if not isinstance(spec, Attention):
             raise SpecError(f"spec must be a saccade.Attention; got {type(spec).__name__}")
         check_names(stats)
-        given = {"q": q, "k": k} | ({} if v is None else {"v": v})
-        for name, x in given.items():
-            if not isinstance(x, Tensor) or x.ndim != 4:
-                what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise SpecError(f"{name} must be [batch, heads, length, width]; got {what}")
-        shown = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
+        shown = described(q, k, v)
         v = k if v is None else v
         batch = max(x.shape[0] for x in (q, k, v))
         if any(x.shape[0] not in (1, batch) for x in (q, k, v)):
             raise SpecError(f"batch sizes must be equal or 1: {shown}")
-        if len({x.dtype for x in (q, k, v)}) > 1 or not q.is_floating_point():
-            kinds = ", ".join(f"{n} {x.dtype}" for n, x in given.items())
-            raise SpecError(f"q, k and v must share one floating dtype: {kinds}. Cast them with .to(q.dtype).")
-        if len({x.device for x in (q, k, v)}) > 1:
-            raise SpecError(f"q, k and v must be on one device: {', '.join(str(x.device) for x in (q, k, v))}")
         for tensor in [*spec.parameters(), *spec.buffers()] if q.device.type != "cpu" else ():
             if tensor.device != q.device and tensor.ndim:
                 raise SpecError(f"the spec holds tensors on {tensor.device}, q is on {q.device}: spec.to({q.device})")
-        if k.shape[2] != v.shape[2]:
-            raise SpecError(f"k and v must have the same length: {shown}")
         kv_heads = max(k.shape[1], v.shape[1])
         if any(x.shape[1] not in (1, kv_heads) for x in (k, v)) or q.shape[1] % kv_heads:
             raise SpecError(f"query heads must be a multiple of key heads, and values have as many: {shown}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..border import described
 from ..errors import SpecError
 from . import parallel
 from .forms import by_tokens
@@ -152,18 +153,8 @@ class _Call:
     ) -> _Call:  # fmt: skip
         if not isinstance(spec, LinearAttention):
             raise SpecError(f"spec must be a saccade.LinearAttention; got {type(spec).__name__}")
-        given = {"q": q, "k": k} | ({} if v is None else {"v": v})
-        for name, x in given.items():
-            if not isinstance(x, Tensor) or x.ndim != 4:
-                what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise SpecError(f"{name} must be [batch, heads, length, width]; got {what}")
-        shown = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
+        shown = described(q, k, v)
         v = k if v is None else v
-        if len({x.dtype for x in (q, k, v)}) > 1 or not q.is_floating_point():
-            kinds = ", ".join(f"{n} {x.dtype}" for n, x in given.items())
-            raise SpecError(f"q, k and v must share one floating dtype: {kinds}. Cast them with .to(q.dtype).")
-        if k.shape[2] != v.shape[2]:
-            raise SpecError(f"k and v must have the same length: {shown}")
         n, m = q.shape[2], k.shape[2]
         if spec.causal and n != m:
             raise SpecError(
