@@ -11,8 +11,10 @@ import statistics
 import torch
 
 import saccade
-from attention import HEADS, WIDTH, Call, Row, inputs, peak_bytes, report, sdpa, timed
+from attention import HEADS, WIDTH, Call, Row, both_ways, inputs, peak_bytes, report, sdpa, timed
 from saccade import Attention, catalog, masks, selectors
+from saccade.nn import MultiHead
+from saccade.nn.backbones import Place
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
 N_LOG_N, N_ROOT_N = 1.25, 1.6  # slopes allowed: N log N itself has 1.1 here, N^1.5 has 1.5
@@ -80,6 +82,60 @@ def estimated(repeats: int) -> list[Row]:
     return [Row(f"HyperAttention, causal, N={n}, 1 head", "SDPA", ours, dense, 1 / 5, note=note)]
 
 
+def stepped(repeats: int) -> list[Row]:
+    """One query that chooses its blocks anew at every step, over a cache."""
+    rows = []
+    for m in (4096, 32768, 131072):
+        q, k, v = inputs(m)
+        q = q[:, :, -1:]
+        spec = Attention(mask=masks.Causal(), select=selectors.TopKBlocks(16, block=64, rows=1))
+        calls: list[Call] = [
+            lambda q=q, k=k, v=v, spec=spec: [saccade.attention(q, k, v, spec) for _ in range(20)],
+            lambda q=q, k=k, v=v: [sdpa(q, k, v) for _ in range(20)],
+        ]
+        ours, dense = timed(calls, repeats)
+        note = "block means are taken anew at every step, so all keys are read, and no other value"
+        rows.append(Row(f"20 decode steps, 16 blocks of 64 chosen, {m} keys", "SDPA", ours, dense, None, note=note))
+    return rows
+
+
+def trained(repeats: int) -> list[Row]:
+    """Forward and backward of what is trained with its selection, 2 heads; DMA is a layer, and so is its peer."""
+    n, heads = 8192, 2
+    q, k, v = inputs(n, heads=heads, grad=True)
+    g = torch.randn_like(q)
+    programs = {
+        "MoBA, 3 blocks of 512": catalog.find("moba")().build(heads),
+        "landmark, blocks of 50": catalog.find("landmark")().build(heads),
+        "landmark, 4 blocks of 50": catalog.find("landmark")(keep=4).build(heads),
+        "routing, 90 clusters of 90": catalog.find("routing-transformer")(90, 90, online=True).build(heads),
+    }
+    calls = [
+        both_ways(lambda q, k, v, spec=spec: saccade.attention(q, k, v, spec), q, k, v, g) for spec in programs.values()
+    ]
+    dense, *ours = timed([both_ways(lambda q, k, v: sdpa(q, k, v, True), q, k, v, g), *calls], min(repeats, 2))
+    rows = [
+        Row(f"forward and backward, {name}, N={n}", "SDPA", seconds, dense, None, memory=peak_bytes(call))
+        for name, call, seconds in zip(programs, calls, ours, strict=True)
+    ]
+    width = heads * WIDTH
+    x = torch.randn(1, n, width)
+    dynamic = Place(width, heads, 0, 1, None, None).filled(catalog.find("dma")(1024).layer)
+    plain = MultiHead(Attention(mask=masks.Causal()), width, heads)
+    layers: list[Call] = [
+        lambda layer=layer: torch.autograd.grad(layer(x).sum(), list(layer.parameters()), allow_unused=True)
+        for layer in (dynamic, plain)
+    ]
+    ours_s, dense = timed(layers, min(repeats, 2))
+    rows.append(
+        Row(
+            f"forward and backward, DMA, 1024 keys, a layer, N={n}", "SDPA's layer", ours_s, dense, None,
+            memory=peak_bytes(layers[0]),
+        )
+    )  # fmt: skip
+    return rows
+
+
 def grown(repeats: int) -> list[Row]:
     """The slope of seconds over length, and of peak memory."""
     programs = {
@@ -119,4 +175,4 @@ def _slope(lengths: list[int], values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    report([selected, patterned, estimated, grown], __doc__)
+    report([selected, patterned, estimated, stepped, trained, grown], __doc__)

@@ -14,7 +14,7 @@ from . import band, reference
 from .border import described
 from .errors import SpecError, Unsupported
 from .layout import lay_out
-from .masks import EMPTY, Causal, Full, Span
+from .masks import Causal, Full
 from .normalizers import Softmax
 from .program import Program
 from .selectors import Selection
@@ -282,18 +282,7 @@ class _Call:
         """The blocks that the spec's selector chooses."""
         if spec.select is None:
             return None
-        s = self.shape
-        span = Span.grid(
-            s.n, s.m, spec.select.rows, spec.select.columns, offset=s.offset, batch=s.batch, heads=s.heads,
-            device=s.device,
-        )  # fmt: skip
-        codes = self.q.new_empty(0, dtype=torch.int8)
-        if spec.select.asks_codes:
-            codes = spec.mask.blocks(span)
-            codes = codes[(None,) * (4 - codes.ndim)]
-            if not bool((codes > EMPTY).any()):
-                raise SpecError("the mask hides every key, so there is nothing to select from")
-        found = spec.select.choose(q, k, codes)
+        s, found = self.shape, spec.select.search(q, k, spec.mask, self.at)
         nq, heads = -(-s.n // found.rows), found.blocks.shape[1]
         if found.blocks.ndim != 4 or found.blocks.shape[2] != nq or heads not in (1, s.kv_heads, s.heads):
             raise SpecError(

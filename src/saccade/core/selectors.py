@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .errors import SpecError
-from .masks import EMPTY
-from .tile import Part
+from .masks import EMPTY, Mask, Span
+from .tile import At, Part
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,6 @@ class Selection:
 class Select(Part):
     """Base of all selectors. ``rows`` and ``columns`` are the sides of a block."""
 
-    asks_codes = True  # a selector of single keys that does without the map saves N x M codes
-
     def __init__(self, rows: int, columns: int):
         super().__init__()
         if rows < 1 or columns < 1:
@@ -51,10 +49,24 @@ class Select(Part):
             q: ``[B, H, N, D]``.
             k: ``[B, Hkv, M, D]``.
             codes: what the mask says of each block (``masks.EMPTY``, ``PARTIAL``, ``FULL``), int8, broadcasting to
-                ``[B, H, nq, nk]``. Empty blocks need not be chosen; choosing them is harmless. Without ``asks_codes``
-                an empty tensor.
+                ``[B, H, nq, nk]``. Empty blocks need not be chosen; choosing them is harmless.
         """
         raise NotImplementedError
+
+    def search(self, q: Tensor, k: Tensor, mask: Mask, at: At) -> Selection:
+        """Choose blocks in a call at ``at``, the place of its whole matrix: what the engine calls.
+
+        Asks the mask about every block. A selector of single keys overrides this instead of :meth:`choose`: the map
+        would have N x M codes.
+        """
+        span = Span.grid(
+            at.n, at.m, self.rows, self.columns, offset=at.offset, batch=at.batch, heads=at.heads, device=q.device
+        )
+        codes = mask.blocks(span)
+        codes = codes[(None,) * (4 - codes.ndim)]
+        if not bool((codes > EMPTY).any()):
+            raise SpecError("the mask hides every key, so there is nothing to select from")
+        return self.choose(q, k, codes)
 
 
 def pool(x: Tensor, size: int) -> Tensor:

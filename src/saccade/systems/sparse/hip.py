@@ -63,25 +63,25 @@ class TreeSearch(Select):
             keys = torch.nn.functional.pad(k, (0, 0, 0, nk * self.columns - k.shape[2])).unflatten(2, (nk, -1))
             keys = keys.repeat_interleave(heads // k.shape[1], 1)
             found = torch.arange(nodes, device=q.device).expand(batch, heads, nq, nodes)
-            found = found.masked_fill(found >= older[..., None], -1)
+            found = found.masked_fill(found >= older[..., None], -1)  # a tensor of its own, filled in below
             step = max(1, CELLS // (2 * nodes * self.columns * width))
             full = (older > nodes).nonzero()
             for at in range(0, len(full), step):
                 b, h, i = full[at : at + step].unbind(-1)
-                seen = self._rows(n, i)
-                found = found.index_put((b, h, i), self._search(queries[b, h, i], seen, keys, b, h, older[b, h, i]))
+                asked = queries[b[:, None], h[:, None], i[:, None], self._rows(n, i)]
+                found[b, h, i] = self._search(asked, keys, b, h, older[b, h, i])
             near = newest[..., None] - torch.arange((self.window + self.rows) // self.columns + 1, device=q.device)
             found = found.masked_fill(found >= near[..., -1:], -1)
             return Selection(torch.cat([found, near.clamp(min=-1)], -1), self.rows, self.columns)
 
     def _rows(self, n: int, block: Tensor) -> Tensor:
-        """Which queries of the blocks are scored ``[T, rows]``: every second, the last of each among them."""
+        """Which queries of the blocks are scored ``[T, rows / 2]``: every second, back from the last of each."""
         last = (n - block * self.rows).clamp(max=self.rows)[:, None] - 1
-        back = last - torch.arange(self.rows, device=block.device)
-        return (back >= 0) & (back % 2 == 0)
+        row = last - torch.arange(0, self.rows, 2, device=block.device)
+        return torch.where(row < 0, last, row)  # one twice changes no maximum
 
-    def _search(self, q: Tensor, seen: Tensor, keys: Tensor, b: Tensor, h: Tensor, blocks: Tensor) -> Tensor:
-        """The best of ``blocks`` ``[T]`` key blocks for query blocks ``[T, rows, D]``: numbers ``[T, nodes]``."""
+    def _search(self, q: Tensor, keys: Tensor, b: Tensor, h: Tensor, blocks: Tensor) -> Tensor:
+        """The best of ``blocks`` ``[T]`` key blocks for some queries ``[T, r, D]`` each: numbers ``[T, nodes]``."""
         nodes = self.keep // self.columns
         edges = torch.arange(nodes + 1, device=q.device) * blocks[:, None] // nodes
         start, size = edges[:, :-1], edges.diff(dim=-1)
@@ -90,8 +90,8 @@ class TreeSearch(Select):
             halves = torch.stack([start, middle], -1).flatten(1)
             sizes = torch.stack([middle - start, start + size - middle], -1).flatten(1)
             first = keys[b[:, None], h[:, None], halves].flatten(1, 2)
-            score = (q @ first.mT).masked_fill(~seen[..., None], -math.inf).unflatten(-1, (-1, self.columns))
-            score = score.amax((1, 3)).masked_fill(sizes < 1, -math.inf)
+            score = (q @ first.mT).amax(1).unflatten(-1, (-1, self.columns)).amax(-1)
+            score = score.masked_fill(sizes < 1, -math.inf)
             best = score.topk(nodes, -1).indices
             start, size = halves.gather(1, best), sizes.gather(1, best)
         return start

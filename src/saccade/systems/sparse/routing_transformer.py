@@ -6,8 +6,7 @@
     means[c]   = moving averages of the sum of the x whose cluster is c, over the moving average of their number
 
 The first half of the heads is local: it sees the last ``window`` keys. With about sqrt(N) clusters of sqrt(N) members
-scores and values cost N ** 1.5; but the engine asks the mask about every block, and a block is a single pair here, so
-there remains a term of a few bytes for each of the N ** 2 pairs, and no more than that is promised.
+scores and values cost N ** 1.5.
 
 Paper: Efficient Content-Based Sparse Attention with Routing Transformers, arXiv:2003.05997
 Code: https://github.com/google-research/google-research/tree/master/routing_transformer
@@ -32,10 +31,11 @@ from torch import Tensor
 
 from ...core.attend import attention
 from ...core.errors import SpecError
-from ...core.masks import Causal
+from ...core.masks import Causal, Mask
 from ...core.scores import Form
 from ...core.selectors import Select, Selection
 from ...core.spec import Attention
+from ...core.tile import At
 from ..base import ClaimNumbers, Promises, System
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ class Routing(Select):
     them by ``1 - decay``, after it was answered.
     """
 
-    asks_codes = False
     means: Tensor | None
     sums: Tensor | None
     counts: Tensor | None
@@ -80,11 +79,10 @@ class Routing(Select):
         for name in ("means", "sums", "counts"):
             self.register_buffer(name, None)
 
-    def choose(self, q: Tensor, k: Tensor, codes: Tensor) -> Selection:
+    def search(self, q: Tensor, k: Tensor, mask: Mask, at: At) -> Selection:
         learn = self.online and torch.is_grad_enabled()
         with torch.no_grad():
-            n, m = q.shape[2], k.shape[2]
-            row = torch.arange(m - n, m, device=q.device)[:, None]
+            m, row = at.m, at.row[0, 0]
             near = row - torch.arange(min(self.window, m), device=q.device)
             near = near.masked_fill(near < 0, -1).expand(len(q), self.local, -1, -1)
             x, y = q[:, self.local :], k.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, self.local :]

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import masks
@@ -34,20 +35,11 @@ from ...core.tile import At
 from ..base import ClaimNumbers, Promises, System
 
 COLUMNS = 32  # keys per block: what is visited around a span
+CELLS = 1 << 22  # products of queries and anchors held at a time
 LENGTH = 16_384  # positions from which every earlier key must be in reach
 SIZES = (2048, 8192)  # between which the exponent of the operations is measured
 KEPT = 0.9  # share of the needles that must still be found
 EXPONENT = 1.5  # the paper's; what is measured may exceed it by as much as the law on operations allows
-
-
-class Placed(masks.Causal):
-    """Causal; remembers where the queries of the call at hand begin, which a selector is not told."""
-
-    offset = 0
-
-    def blocks(self, span: masks.Span) -> Tensor:
-        self.offset = span.offset
-        return super().blocks(span)
 
 
 class Spans(Normalizer):
@@ -98,29 +90,40 @@ class SpanSearch(Select):
     Other keys in those blocks change nothing: the best anchors are the best of any set of keys that holds them.
     """
 
-    def __init__(self, spans: Spans, mask: Placed):
+    def __init__(self, spans: Spans):
         super().__init__(1, COLUMNS)
-        self.spans, self.mask = spans, mask
+        self.spans = spans
 
-    def choose(self, q: Tensor, k: Tensor, codes: Tensor) -> Selection:
+    def search(self, q: Tensor, k: Tensor, mask: masks.Mask, at: At) -> Selection:
+        """Some rows at a time, so that memory grows with N and not with N times anchors."""
+        behind = self.spans.stripes(at.offset + at.n, q.device)
+        rows = max(1, CELLS // (len(q) * q.shape[1] * max(1, len(behind))))
         with torch.no_grad():
-            n, first = q.shape[2], self.mask.offset
-            row = first + torch.arange(n, device=q.device)[:, None]
-            behind = self.spans.stripes(first + n, q.device)
-            score = self._score(q.float() if q.dtype.itemsize < 4 else q, k, first, behind.tolist())
-            anchors = (row - behind).clamp(min=0)
-            unseen = codes[..., row - first, anchors // self.columns] == masks.EMPTY
-            best, place = score.masked_fill(unseen, HIDDEN).topk(min(self.spans.count, len(behind)), -1)
-            start, end = self.spans.bounds(row, row - behind[place])
-            end = torch.where(best > HIDDEN, end, -1)
-            runs = [self._blocks(start, end)]
-            if self.spans.window:
-                near = self._blocks((row - self.spans.window + 1).clamp(min=0), row)
-                runs.append(near.expand(*score.shape[:3], -1))
-            blocks = torch.cat(runs, -1).sort(-1).values
-            again = torch.nn.functional.pad(blocks.diff(dim=-1) == 0, (1, 0))
-            blocks = blocks.masked_fill(again, -1).sort(-1, descending=True).values
-            return Selection(blocks[..., : max(1, int((blocks >= 0).sum(-1).max()))], self.rows, self.columns)
+            found = [
+                self._some(q[:, :, part.flatten()], k, mask, at.moved(part, at.k), behind)
+                for part in at.q.split(rows, 2)
+            ]
+            most = max(blocks.shape[-1] for blocks in found)
+            blocks = torch.cat([F.pad(blocks, (0, most - blocks.shape[-1]), value=-1) for blocks in found], 2)
+        return Selection(blocks, self.rows, self.columns)
+
+    def _some(self, q: Tensor, k: Tensor, mask: masks.Mask, at: At, behind: Tensor) -> Tensor:
+        """Distinct blocks ``[B, H, n, s]`` of the queries at ``at``, -1 for none."""
+        row = at.row[0, 0]
+        anchors = row - behind
+        seen = (anchors >= 0) & mask.visible(at.moved(at.q, anchors.clamp(min=0)[None, None]))
+        score = self._score(q.float() if q.dtype.itemsize < 4 else q, k, int(row[0]), behind.tolist())
+        best, place = score.masked_fill(~seen, HIDDEN).topk(min(self.spans.count, len(behind)), -1)
+        start, end = self.spans.bounds(row, row - behind[place])
+        end = torch.where(best > HIDDEN, end, -1)
+        runs = [self._blocks(start, end)]
+        if self.spans.window:
+            near = self._blocks((row - self.spans.window + 1).clamp(min=0), row)
+            runs.append(near.expand(*score.shape[:3], -1))
+        blocks = torch.cat(runs, -1).sort(-1).values
+        again = F.pad(blocks.diff(dim=-1) == 0, (1, 0))
+        blocks = blocks.masked_fill(again, -1).sort(-1, descending=True).values
+        return blocks[..., : max(1, int((blocks >= 0).sum(-1).max()))]
 
     @staticmethod
     def _score(q: Tensor, k: Tensor, first: int, behind: list[int]) -> Tensor:
@@ -128,7 +131,7 @@ class SpanSearch(Select):
         n, grouped = q.shape[2], q.unflatten(1, (k.shape[1], -1))
         score = q.new_full((len(behind), *grouped.shape[:-1]), HIDDEN)
         for out, gap in zip(score, behind, strict=True):
-            skip = max(0, gap - first)
+            skip = min(max(0, gap - first), n)
             keys = k[:, :, None, first + skip - gap : first + n - gap]
             torch.linalg.vecdot(grouped[..., skip:, :], keys.to(q.dtype), out=out[..., skip:])
         return score.permute(1, 2, 3, 4, 0).flatten(1, 2)
@@ -156,8 +159,8 @@ class Superlinear(System):
 
     def build(self, heads: int) -> Attention:
         """The normalizer that defines it, and the search that finds the blocks it needs."""
-        spans, mask = Spans(self.spans, self.near, self.backward, self.forward, self.power), Placed()
-        return Attention(mask=mask, normalizer=spans, select=SpanSearch(spans, mask))
+        spans = Spans(self.spans, self.near, self.backward, self.forward, self.power)
+        return Attention(mask=masks.Causal(), normalizer=spans, select=SpanSearch(spans))
 
     def reachable(self, length: int) -> bool:
         """Can every key be chosen, by each of ``length`` queries that sees it?"""
