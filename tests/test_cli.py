@@ -155,6 +155,20 @@ def test_claim_prints_verdict_and_numbers(monkeypatch, tmp_path):
     result = run("claim", slug, "--out", tmp_path)
     assert result.exit_code == 0 and "does not hold" in result.output and '"gain": 0.5' in result.output
     assert asked == [tmp_path]
+    none = run("claim", slug, "--out", tmp_path, "--budget", "0")
+    assert none.exit_code == 0 and "1 of 1 claims did not fit into 0 minutes" in none.output and len(asked) == 1
+
+
+def test_a_claim_that_breaks_is_told(monkeypatch, tmp_path):
+    def broken(system, out=None):
+        raise ZeroDivisionError("in the claim")
+
+    first, second = list(catalog.systems().values())[:2]
+    monkeypatch.setattr(claims, "run", broken)
+    monkeypatch.setattr(catalog, "systems", lambda: {s.slug: s for s in (first, second)})
+    result = run("claim", "--all", "--out", tmp_path)
+    assert result.exit_code == 1 and first.slug in result.stderr and second.slug in result.stderr
+    assert "ZeroDivisionError in the claim" in " ".join(result.output.split())
 
 
 def test_zoo():

@@ -339,6 +339,23 @@ def test_a_failed_claim_stays_in_the_ledger_and_says_what_failed(tmp_path):
     assert claims.ledger(tmp_path)["claiming"].verdict == "does not hold"
 
 
+def test_the_ledger_is_refreshed_oldest_first_within_a_budget_and_past_errors(tmp_path):
+    def fails(self):
+        raise ZeroDivisionError("no data")
+
+    kinds = {name: type(name, (Claiming,), {"slug": name}) for name in ("fresh", "old", "changed", "new", "slow")}
+    kinds["broken"] = type("broken", (Claiming,), {"slug": "broken", "claim": fails})
+    for name in ("fresh", "old", "changed", "slow"):
+        claims.run(kinds[name], tmp_path)
+    for name, entry in (("old", {"measured": "2001-01-01"}), ("changed", {"source": "1"}), ("slow", {"seconds": 900})):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    found = list(claims.refresh(kinds.values(), minutes=10, out=tmp_path))
+    assert [x[0] if isinstance(x, tuple) else x.slug for x in found] == ["new", "broken", "changed", "old", "fresh"]
+    assert isinstance(found[1][1], ZeroDivisionError)
+    assert list(claims.refresh(kinds.values(), minutes=0, out=tmp_path)) == []
+
+
 def test_a_system_without_a_claim_is_not_measured(tmp_path):
     assert claims.run(Plain, tmp_path).statement == "Not measured: the system defines no claim."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -386,16 +387,36 @@ def claim(
     name: Name = None,
     every: Every = False,
     out: Annotated[Path | None, typer.Option(help="Directory for the result; the ledger if not given.")] = None,
+    budget: Annotated[
+        float, typer.Option(help="Minutes: no claim is begun that would not end in them, by what it took last.")
+    ] = math.inf,
 ) -> None:
-    """Measure what a system's paper claims at small scale, and write it into the ledger, whatever it is."""
+    """Measure what a system's paper claims at small scale, and write it into the ledger, whatever it is.
+
+    With --all: those first that were never measured, then those whose file has changed since, then the oldest.
+    """
+    failed, measured = [], 0
     with told_plainly():
         from .study import claims
 
-        for system in _chosen(name, every):
-            result = claims.run(system, out)
+        chosen = _chosen(name, every)
+        for result in claims.refresh(chosen, budget, out):
+            measured += 1
+            if isinstance(result, tuple):
+                slug, error = result
+                if not every:
+                    raise error
+                failed.append(slug)
+                console.print(f"[bold]{slug}[/bold]: [red]{type(error).__name__}[/red]", end=" ")
+                console.print(str(error), markup=False)
+                continue
             console.print(f"[bold]{result.slug}[/bold]: {result.verdict} ({result.seconds:.0f} s)")
             console.print(result.statement, markup=False)
             console.print(json.dumps(result.numbers, indent=1), markup=False)
+    if measured < len(chosen):
+        console.print(f"{len(chosen) - measured} of {len(chosen)} claims did not fit into {budget:g} minutes")
+    if failed:
+        stop(f"claims that ended with an error: {', '.join(failed)}", 1)
 
 
 @zoo_app.command("list")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
+import inspect
 import json
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from ..core.errors import SpecError
 from ..systems.base import ClaimNumbers, System, Unmeasured, Verdict
 
 LEDGER = Path(__file__).parent / "ledger"
+USUAL = 100.0  # seconds that a claim is given
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class ClaimResult:
     machine: str
     versions: dict[str, str]
     command: str
+    measured: str = ""  # the day
+    source: str = ""  # a hash of the system's file as it was then
 
 
 def run(system_cls: type[System], out: Path | str | None = None) -> ClaimResult:
@@ -66,9 +73,40 @@ def run(system_cls: type[System], out: Path | str | None = None) -> ClaimResult:
         machine(),
         {"saccade": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         f"saccade claim {system_cls.slug}",
+        datetime.date.today().isoformat(),
+        _source(system_cls),
     )
     _write(result, LEDGER if out is None else Path(out))
     return result
+
+
+def refresh(
+    systems: Iterable[type[System]], minutes: float = math.inf, out: Path | str | None = None
+) -> Iterator[ClaimResult | tuple[str, Exception]]:
+    """Measure claims one after another, those first that were never measured, then those whose file has changed since,
+    then the oldest; none is begun that would not end within the budget, by the time it took last.
+
+    Yields each result, or the slug and what went wrong: one broken claim does not stop the others.
+    """
+    known = ledger(out) if out is None or Path(out).is_dir() else {}
+    start = time.perf_counter()
+
+    def age(system: type[System]) -> tuple[bool, bool, str]:
+        entry = known.get(system.slug)
+        return entry is not None, entry is not None and entry.source == _source(system), entry.measured if entry else ""
+
+    for system in sorted(systems, key=age):
+        expected = known[system.slug].seconds if system.slug in known else USUAL
+        if time.perf_counter() - start + expected > 60 * minutes:
+            continue
+        try:
+            yield run(system, out)
+        except Exception as error:
+            yield system.slug, error
+
+
+def _source(system: type[System]) -> str:
+    return hashlib.sha256(Path(inspect.getfile(system)).read_bytes()).hexdigest()[:12]
 
 
 def ledger(folder: Path | str | None = None) -> dict[str, ClaimResult]:
