@@ -44,7 +44,7 @@ class HeadRouter(nn.Module):
         shared gate = shared * softmax(x Ws);   both stages weighed by 2 * softmax(x Wh)
 
     As in the official code (MoH-ViT/attention.py), whose factors make the gates one on average. After a call in
-    training, ``balance`` is its load-balancing loss, ``routed * sum over heads of mean(p) * mean(kept)``.
+    training, ``balance`` is its load-balancing loss, see :func:`load_balance`.
 
     Args:
         width: of the stream.
@@ -71,8 +71,8 @@ class HeadRouter(nn.Module):
     def gates(self, x: Tensor) -> Tensor:
         """One factor per token and head ``[B, N, H]``."""
         p = F.softmax(self.route(x), -1)
-        kept = torch.zeros_like(p).scatter(-1, p.topk(self.keep, -1).indices, 1.0)
-        self.balance = self.routed * (p.mean((0, 1)) * kept.mean((0, 1))).sum() if self.training else None
+        kept = best(p, self.keep)
+        self.balance = load_balance(p, kept) if self.training else None
         routed = p * kept
         routed = self.keep * routed / routed.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
         if self.stages is None:
@@ -82,7 +82,22 @@ class HeadRouter(nn.Module):
         return torch.cat([stage[..., :1] * shared, stage[..., 1:] * routed], -1)
 
 
+def best(p: Tensor, keep: int) -> Tensor:
+    """1 for the ``keep`` greatest of each row ``[..., E]``, 0 for the others."""
+    return torch.zeros_like(p).scatter(-1, p.topk(keep, -1).indices, 1.0)
+
+
+def load_balance(p: Tensor, kept: Tensor) -> Tensor:
+    """``E * sum over e of mean(p[e]) * mean(kept[e])`` over the tokens of ``[..., E]``."""
+    p, kept = p.flatten(0, -2), kept.flatten(0, -2)
+    return p.shape[-1] * (p.mean(0) * kept.mean(0)).sum()
+
+
 def balance(model: nn.Module) -> Tensor:
-    """Sum of the load-balancing losses of the last call; 0 where nothing is routed, or not in training."""
-    found = [m.balance for m in model.modules() if isinstance(m, HeadRouter) and m.balance is not None]
-    return torch.stack(found).sum() if found else torch.zeros(())
+    """Mean over the layers of the load-balancing losses of the last call, as the official MoH-ViT/engine.py has it.
+
+    0 where nothing is routed, or not in training. A layer's is a tensor called ``balance`` in any of its modules.
+    """
+    losses = (getattr(m, "balance", None) for m in model.modules())
+    found = [loss for loss in losses if isinstance(loss, Tensor)]
+    return torch.stack(found).mean() if found else torch.zeros(())
