@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ...worlds.translation import Translation
+    from ...worlds.trees import Split
 
 BATCH = 32
 HELD = 999  # the seed of what is never trained on
@@ -22,11 +23,11 @@ def vocabulary() -> int:
     return max(len(words()), len(target_words()))
 
 
-def pairs(seed: int) -> Iterator[Translation]:
-    """Endless batches of sentences and their translations."""
+def pairs(seed: int, split: Split = "any") -> Iterator[Translation]:
+    """Endless batches of sentences and their translations; ``split`` says which combinations of words occur."""
     from ...worlds.translation import batch, translation
 
-    stream = translation(seed)
+    stream = translation(seed, split=split)
     while True:
         yield batch(stream, BATCH)
 
