@@ -246,4 +246,4 @@ def test_settings_that_mean_nothing_are_refused(wrong, words):
 
 
 def test_cells_are_told_apart():
-    assert study_laws.cells_are_told_apart(SparseFrontier()) == "360 cells"
+    assert study_laws.cells_are_told_apart(SparseFrontier()) == "120 cells"
