@@ -238,3 +238,32 @@ def test_errors_say_what_was_expected(make, says):
 def run(**program):
     (q, k, v), _ = raw()
     return saccade.attention(q, k, v, Attention(**program), backend="band")
+
+
+@pytest.mark.parametrize("kind", ["bias", "own part"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_row_that_scores_hide_whole_is_zero(kind, edited):
+    """An additive mask of -inf hides a row of keys as a mask does: zeros and zero gradients, never NaN."""
+    n = 40
+    hidden = torch.zeros(n, n, dtype=torch.float64)
+    hidden[7] = hidden[12, 5:] = HIDDEN
+
+    class Hides(scores.Score):
+        def forward(self, score, at):
+            return score + hidden[at.q, at.k]
+
+    score = scores.Bias(hidden) if kind == "bias" else Hides()
+    change = [edits.Scale(0.5, keys=slice(0, 3))] if edited else []
+    q, k, v = (x.detach().requires_grad_() for x in qkv((1, 2, 2, n, n)))
+    got, want = (
+        saccade.attention(q, k, v, Attention(score=[score], edits=change), backend=backend)
+        for backend in ("band", "reference")
+    )
+    assert bool((got[:, :, 7] == 0).all())
+    assert_close(got, want, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (got, want)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert_close(mine, theirs, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        out = saccade.attention(q, k, v, Attention(score=[score], edits=change), backend="band")
+    assert_close(out, want, rtol=0, atol=1e-12)

@@ -279,8 +279,8 @@ class _Band(torch.autograd.Function):
 
 
 def _may_be_empty(program: Program, strip: Piece) -> bool:
-    """Could a row of this strip see nothing? A plain function may hide keys by a score of -inf."""
-    return strip.may_be_empty or program.calls_functions
+    """Could a row of this strip see nothing? Scores may hide keys too, by -inf."""
+    return strip.may_be_empty or program.scores_hide
 
 
 class _Backward:

@@ -95,8 +95,7 @@ class PlacedScore(Score):
         self.inner: Score = inner
         self.place = place
         self.shift, self.mixes_heads = inner.shift, getattr(inner, "mixes_heads", False)
-        if hasattr(inner, "function"):  # may hide keys by a score of -inf
-            self.function = inner.function
+        self.may_hide = inner.may_hide
 
     def forward(self, score: Tensor, at: At) -> Tensor:
         return self.inner(score, self.place.at(at))

@@ -86,7 +86,7 @@ class Program:
         # Looked up here once: a module's attributes are slow to reach, and every tile reaches for them.
         self.form, self.normalizer = spec.form, spec.normalizer
         self.modifiers, self.edits = tuple(spec.modifiers), tuple(spec.changes)
-        self.calls_functions = any(hasattr(m, "function") for m in self.modifiers)
+        self.scores_hide = any(m.may_hide for m in self.modifiers)
         self.needs_visible = any(e.needs_visible for e in self.edits)
         softmax = isinstance(spec.normalizer, Softmax) and spec.normalizer.sink is None
         early = {i for i, s in enumerate(self.stats) if not s.edited or not self.edits}
@@ -163,7 +163,7 @@ class Program:
                 lse = _logsumexp(tile)
             weights = normalizer.inplace(tile, at)
         if scores is not None:
-            _blank(scores, hidden, everywhere=self.calls_functions)
+            _blank(scores, hidden, everywhere=self.scores_hide)
         rows = Tile(at, weights, scores, top, lse, self.softmax)
         seen = self._look(rows, self.early)
         *edits, last = self.edits or (None,)

@@ -117,6 +117,7 @@ class Score(Part):
     """A modifier of scores. Subclasses define :meth:`forward`; the in-place twin is for speed alone."""
 
     shift = False  # only adds what does not depend on the score: its derivative is one
+    may_hide = True  # may answer -inf, for a key that nobody is to see
 
     def forward(self, score: Tensor, at: At) -> Tensor:
         """The modified tile, out of place and differentiable: the definition."""
@@ -151,6 +152,8 @@ class Function(Score):
 class SoftCap(Score):
     """``cap * tanh(score / cap)`` (Gemma 2, arXiv:2408.00118)."""
 
+    may_hide = False
+
     def __init__(self, cap: float):
         super().__init__()
         if cap <= 0:
@@ -171,6 +174,7 @@ class ALiBi(Score):
         slopes: ``[H]``; the paper's geometric sequence for the number of heads if not given.
     """
 
+    may_hide = False
     slopes: Tensor | None
 
     def __init__(self, slopes: Tensor | None = None):
@@ -276,6 +280,7 @@ def look_up(tensor: Tensor, at: At, what: str) -> Tensor:
 class Temperature(Score):
     """``score / temperature``: a number, or a tensor that broadcasts to ``[B, H, N]`` (one per query)."""
 
+    may_hide = False
     temperature: Tensor
 
     def __init__(self, temperature: Tensor | float):
@@ -292,6 +297,7 @@ class Temperature(Score):
 class MixHeads(Score):
     """``score'[h] = sum_g matrix[h, g] * score[g]``: talking heads before the normalizer (arXiv:2003.02436)."""
 
+    may_hide = False
     mixes_heads = True
 
     matrix: Tensor
