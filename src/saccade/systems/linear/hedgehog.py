@@ -14,7 +14,8 @@ Code: https://github.com/HazyResearch/lolcats (src/model/feature_map.py: Softmax
 
 Differs: the maps start as the identity and are as wide as a head (the paper; LoLCATs' configuration draws them by
 Kaiming's rule and halves the width). LoLCATs adds a thousand times the squared error of the outputs to the loss and
-tunes with LoRA; here the loss is the paper's and all weights are tuned. fla's Hedgehog is another function
+tunes with LoRA; here the loss is the paper's and all weights are tuned, and for few steps: rates are higher and fall to
+zero (distillation 3e-2; LoLCATs 1e-2, less where the loss stalls). fla's Hedgehog is another function
 (:class:`saccade.linear.features.SoftmaxHedgehog`, ``joint=True``). In a converted model of transformers the cache still
 holds keys; what the tokens before left is summed from them. Layers of :mod:`saccade.nn` decode with the state alone.
 """
@@ -38,8 +39,10 @@ from ...hosts.replaced import Read, read, replaced
 from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
 
-SIZE, BATCH, DISTILL, TUNE = 256, 2, 60, 80  # of the claim: bytes of a text, texts of a step, steps
-RECOVERED = 0.99  # of what the model, tuned on the same texts, gets right
+# Of the claim: tokens of a text (as many as a head of the embedded model has features: more, and softmax's sharp rows
+# have a higher rank than these weights can have), texts of a step, steps.
+SIZE, BATCH, DISTILL, TUNE = 96, 5, 100, 150
+RECOVERED = 0.99  # of the score of the model with softmax attention, tuned on the same texts
 
 
 class Hedgehog(LayerSystem):
@@ -63,12 +66,13 @@ class Hedgehog(LayerSystem):
         """The program, for a model that is trained from scratch."""
         return self.program(place.heads, place.width // place.heads)
 
-    def distill(self, model: Any, texts: Sequence[Tensor], rate: float = 1e-2) -> nn.ModuleList:
-        """Programs of a causal model's layers, after a step on each of the texts ``[B, N]``."""
+    def distill(self, model: Any, texts: Sequence[Tensor], rate: float = 3e-2) -> nn.ModuleList:
+        """Programs of a causal model's layers, after a step on each of the texts ``[B, N]``; the rate falls to zero."""
         layers = read(model, texts[0][:, :2])
         made = nn.ModuleList([self.program(layer.q.shape[1], layer.q.shape[3]) for layer in layers])
         optimizer = torch.optim.AdamW(made.parameters(), lr=rate, weight_decay=0.0)
-        for tokens in texts:
+        for step, tokens in enumerate(texts):
+            _set_rate(optimizer, rate * (1 - step / len(texts)))
             optimizer.zero_grad()
             for spec, layer in zip(made, read(model, tokens), strict=True):
                 _mimicry(spec, layer).backward()
@@ -147,18 +151,25 @@ def _mimicry(spec: nn.Module, layer: Read) -> Tensor:
     return -(_truth(layer) * w.clamp(min=1e-12).log()).sum(-1).mean()
 
 
-def tune(model: Any, more: list[nn.Parameter], texts: Sequence[Tensor], rate: float = 3e-4) -> None:
-    """Train a model, and more parameters, to say the next byte, with a step on each of the texts ``[B, N]``."""
+def tune(model: Any, more: list[nn.Parameter], texts: Sequence[Tensor], rate: float = 2e-3) -> None:
+    """Train a model, and more parameters, to say the next byte, with a step on each of the texts ``[B, N]``.
+
+    The rate rises for ten steps and falls to zero.
+    """
     parameters = [*model.parameters(), *more]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     for step, tokens in enumerate(texts):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / len(texts))
+        _set_rate(optimizer, rate * min((step + 1) / 10, 1 - step / len(texts)))
         optimizer.zero_grad()
         logits = model(tokens, use_cache=False).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 @torch.no_grad()
