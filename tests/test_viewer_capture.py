@@ -179,7 +179,8 @@ def test_edits_in_words():
     assert (edit.factor, edit.region.keys, edit.region.heads) == (0.5, slice(0, 4), [1, -1])
 
 
-def test_the_example_in_the_docs_runs_as_printed():
+def test_the_examples_in_the_docs_run_as_printed():
     text = (Path(__file__).parent.parent / "docs" / "explain.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    exec(compile(block, "docs/explain.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 3
+    exec(compile("\n".join(blocks), "docs/explain.md", "exec"), {})

@@ -1,5 +1,7 @@
 """saccade: attention as a small program that runs fast, trains, shows its weights and lets you change them."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import nn
 from .core import distributed, edits, masks, normalizers, scores, selectors, stats
 from .core.attend import Explanation, attention, explain, weights
@@ -10,7 +12,18 @@ from .core.spec import Attention
 from .core.tile import At, Region
 from .hosts.handles import edit, install, watch
 
+if TYPE_CHECKING:
+    from .study.atlas import Atlas
+
 __version__ = "0.1.0"
+
+
+def report(model: Any, inputs: Any, **where: Any) -> "Atlas":
+    """What every attention head of a model does on some inputs: see :func:`saccade.study.atlas.report`."""
+    from .study.atlas import report  # needs the workbench's packages
+
+    return report(model, inputs, **where)
+
 
 __all__ = [
     "At",
@@ -33,6 +46,7 @@ __all__ = [
     "masks",
     "nn",
     "normalizers",
+    "report",
     "scores",
     "selectors",
     "stats",

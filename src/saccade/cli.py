@@ -1,4 +1,7 @@
-"""The command line: ``saccade study | view | list | show | check | claim | zoo``. Wrong input: one line and code 2."""
+"""The command line: ``saccade study | view | report | list | show | check | claim | zoo``.
+
+Wrong input: one line and code 2.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -274,6 +277,39 @@ def view(
         raise typer.Exit(INTERRUPTED) from None
 
 
+@app.command("report")
+def report_(
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of a transformers model, or the zoo's lm.")],
+    text: Annotated[Path | None, typer.Option(help="File that the model reads.")] = None,
+    target: Annotated[Path | None, typer.Option(help="File that the decoder of an encoder-decoder reads.")] = None,
+    image: Annotated[Path | None, typer.Option(help="File that a vision model sees.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of each text, at most.", min=1)] = None,
+    pieces: Annotated[int, typer.Option(help="Cut a text into so many inputs, of 64 tokens at least.", min=1)] = 8,
+    out: Annotated[Path, typer.Option(help="The page with pictures.")] = Path("heads.html"),
+) -> None:
+    """Say what every attention head of a model does and how sure that is; write a page with pictures."""
+    with told_plainly():
+        import transformers
+
+        from .study import atlas
+        from .viewer import load
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        loaded, inputs, _ = load.read(model, text, target, image, tokens)
+        several = [inputs]
+        if image is None and target is None:
+            ids = inputs["input_ids"]
+            several = [inputs | {"input_ids": part} for part in ids.chunk(max(1, min(pieces, ids.shape[1] // 64)), 1)]
+        found = replace(atlas.report(loaded, several), model=model, command=_command())
+        try:
+            page = found.save(out)
+        except OSError as error:
+            stop(f"cannot write {out}: {error.strerror}")
+    console.print(found.table())
+    console.print(f"Pictures: {page}", soft_wrap=True)
+
+
 @app.command("list")
 def list_(
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
@@ -435,24 +471,31 @@ def zoo_list() -> None:
 
 @zoo_app.command("train")
 def zoo_train(
-    name: Annotated[str, typer.Argument(help="Which checkpoint: lm, lm-small or lm-tiny.")],
+    name: Annotated[str, typer.Argument(help="Which checkpoint: lm, lm-small, lm-tiny or vit.")],
     out: Annotated[Path | None, typer.Option(help="Directory to write; the package's own if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[int | None, typer.Option(help="Worker processes of one thread each.")] = None,
 ) -> None:
-    """Train a checkpoint by its recipe; an interrupted training goes on from where it was."""
+    """Train a checkpoint by its recipe; an interrupted training of a language model goes on from where it was."""
     from . import zoo
 
     if steps is not None and steps < 1:
         stop(f"--steps must be at least 1; got {steps}")
     with told_plainly():
-        from .zoo import lm
+        from .zoo import lm, vit
 
-        if name not in lm.SIZES:
-            stop(f"unknown checkpoint {name!r}: there are {', '.join(lm.SIZES)}")
+        if name not in (*lm.SIZES, "vit"):
+            stop(f"unknown checkpoint {name!r}: there are {', '.join(lm.SIZES)}, vit")
+        where = out or zoo.CHECKPOINTS / name
+        if name == "vit":
+            if threads is not None:
+                stop("--threads is for language models: a vit trains in minutes, in one process")
+            vit.train(where, seed=seed, steps=steps)
+            console.print(f"trained: {where}", soft_wrap=True)
+            return
         try:
-            where = lm.train(out or zoo.CHECKPOINTS / name, name=name, seed=seed, threads=threads, steps=steps)
+            lm.train(where, name=name, seed=seed, threads=threads, steps=steps)
         except (ValueError, RuntimeError) as error:
             stop(error)
         except KeyboardInterrupt:
