@@ -9,7 +9,9 @@ import transformers as tf
 
 import saccade
 from saccade import Attention, SpecError, edits, masks, normalizers, scores, selectors, zoo
-from saccade.viewer import Capture, Sequence
+from saccade.hosts.acts import Site
+from saccade.study.measure import peak_bytes
+from saccade.viewer import Capture, Layer, Sequence
 from saccade.viewer.load import part, patches
 
 
@@ -166,6 +168,28 @@ def test_what_cannot_be_shown_is_refused(lm, ids):
     with pytest.raises(SpecError, match="20 places of 'text', which has 3"):
         Capture.of(lm, {"input_ids": ids[:, :20]}, {"text": Sequence(["a", "b", "c"])})
     assert "_saccade_acts" not in lm.model.layers[0].self_attn.__dict__
+
+
+def test_a_hundred_thousand_tokens_need_no_matrix():
+    """All weights would take 40 GB; a map, a row and a score take what some rows do."""
+    n, source = 100_000, torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, n, 4, generator=source) for _ in range(2))
+    site = Site("layer", 0, frozenset({"self", "text"}), 1, torch.nn.Identity())
+    layer = Layer(site, q, k, 0, [(None, Attention(mask=masks.Causal()))], "text", "text")
+    row = n - 5
+
+    def look():
+        coarse = layer.pooled([0], 0, n, layer.block, step=layer.block)  # from one query of each block
+        exact = layer.rows(0, torch.tensor([row]))[0]
+        assert coarse.mass.shape[1:] == (-(-n // layer.block),) * 2
+        wanted = torch.softmax(q[0, 0, row].double() @ k[0, 0, : row + 1].double().T / 2, -1)
+        torch.testing.assert_close(exact[: row + 1].double(), wanted, rtol=1e-4, atol=1e-9)
+        assert bool((exact[row + 1 :] == 0).all())
+        first = layer.rows(0, torch.tensor([n // 2 // layer.block * layer.block]))[0]  # a query that the map has seen
+        mass = torch.nn.functional.pad(first, (0, -n % layer.block)).unflatten(0, (-1, layer.block)).sum(1)
+        torch.testing.assert_close(coarse.mass[0, n // 2 // layer.block], mass, rtol=1e-4, atol=1e-7)
+
+    assert peak_bytes(look, torch.device("cpu")) < 4 * n * n / 50
 
 
 @pytest.mark.parametrize("text", ["Zero", "Nothing(keys=0)", "Zero(keys=open('x'))", "Zero(keys=)", "__import__('os')"])
