@@ -148,7 +148,7 @@ class DualAttention(LayerSystem):
     title = "Dual attention (sensory and relational heads)"
     paper = "https://arxiv.org/abs/2405.16727"
     code = "https://github.com/Awni00/abstract_transformer"
-    promises = Promises(hosts=())
+    promises = Promises(cross=False, hosts=())
 
     def __init__(self, relational: int = 2, symbols: int = 64, symmetric: bool = False, causal: bool = True):
         self.relational, self.symbols, self.symmetric, self.causal = relational, symbols, symmetric, causal
