@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
@@ -101,8 +101,12 @@ class System:
         raise Unmeasured("the system defines no claim")
 
     def promised(self) -> Promises:
-        """What this instance promises: the class's promises, unless a setting narrows them."""
-        return self.promises
+        """What this instance promises: the class's promises, unless a setting narrows them.
+
+        A setting called ``causal`` does: what is not causal does not decode either.
+        """
+        causal = getattr(self, "causal", True)
+        return self.promises if causal else replace(self.promises, causal=False, decodes=False)
 
     @classmethod
     def settings(cls) -> dict[str, Any]:

@@ -23,7 +23,6 @@ always relevant. Patterns in PALs, beside a model's own attention, are left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -65,10 +64,6 @@ class PatternInjection(System):
         separators: Sequence[int] = (), causal: bool = True,
     ):  # fmt: skip
         self.patterns, self.copies, self.separators, self.causal = patterns, copies, separators, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal)
 
     def build(self, heads: int) -> Attention:
         """Softmax, with patterns in the first heads. Raises SpecError: there are more patterns than heads."""

@@ -22,7 +22,7 @@ depends neither on its batch nor on later tokens, and decodes. The official code
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,10 +57,6 @@ class LogNormal(LayerSystem):
 
     def __init__(self, causal: bool = True):
         self.causal = causal
-
-    def promised(self) -> Promises:
-        """Causal as set; decoding if causal."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """The layer, with the backbone's positions."""

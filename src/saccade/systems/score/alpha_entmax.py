@@ -17,8 +17,6 @@ float64 the weights agree with bisection to 1e-12 at alpha = 1.0001.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -48,10 +46,6 @@ class AlphaEntmax(System):
 
     def __init__(self, alpha: float | None = None, start: float | None = None, causal: bool = True):
         self.alpha, self.start, self.causal = alpha, start, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal)
 
     def build(self, heads: int) -> Attention:
         """Entmax with a fixed alpha, or with one learned shape per head."""

@@ -12,7 +12,6 @@ model around it: :func:`layered` makes it, and the claim uses it.
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,10 +41,6 @@ class Cog(System):
 
     def __init__(self, causal: bool = True):
         self.causal = causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal)
 
     def build(self, heads: int) -> Attention:
         """The signed softmax."""

@@ -18,7 +18,6 @@ nothing, and still reads them. Keys of smaller width (table 2), which Sigma does
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -110,10 +109,6 @@ class DiffQKV(LayerSystem):
         if fetch is not None and fetch < 1:
             raise SpecError(f"diffqkv: fetch must be at least 1; got {fetch}")
         self.keys, self.values, self.augment, self.fetch, self.causal = keys, values, augment, fetch, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> FlexHeads:
         """Multi-head attention with its heads of keys and values; at least one of each."""

@@ -21,7 +21,7 @@ activations of relations, are left out. A cache holds the relations' keys once f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from statistics import fmean, stdev
@@ -152,10 +152,6 @@ class DualAttention(LayerSystem):
 
     def __init__(self, relational: int = 2, symbols: int = 64, symmetric: bool = False, causal: bool = True):
         self.relational, self.symbols, self.symmetric, self.causal = relational, symbols, symmetric, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """Both kinds of heads."""

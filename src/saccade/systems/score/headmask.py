@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -66,10 +65,6 @@ class HeadMask(LayerSystem):
                 f'headmask: kind must be "random" or "important" and share in (0, 1); got {kind!r}, {share}'
             )
         self.kind, self.share, self.causal = kind, share, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """Multi-head attention whose heads can be silenced."""

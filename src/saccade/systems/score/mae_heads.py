@@ -21,7 +21,7 @@ F step a draw) of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,10 +106,6 @@ class MAEHeads(LayerSystem):
 
     def __init__(self, causal: bool = True):
         self.causal = causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """As many experts as heads. Raises: SpecError for a single head, without which nothing is left."""

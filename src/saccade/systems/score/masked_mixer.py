@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -82,10 +81,6 @@ class MaskedMixer(LayerSystem):
 
     def __init__(self, length: int = 1024, heads: int = 1, causal: bool = True):
         self.length, self.heads, self.causal = length, heads, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """The mixer alone; it needs no positions."""

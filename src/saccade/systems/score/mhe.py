@@ -20,7 +20,6 @@ parameters, not cache.
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from itertools import islice
 from typing import Literal
 
@@ -73,10 +72,6 @@ class MHE(LayerSystem):
         if kind not in ("mul", "add"):
             raise SpecError(f'mhe: kind must be "mul" or "add"; got {kind!r}')
         self.kind, self.causal = kind, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """Multi-head attention with shared projections."""

@@ -20,7 +20,6 @@ penalties are added to a loss summed over the tokens of a batch, and so weigh ne
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,10 +100,6 @@ class MoAHeads(LayerSystem):
 
     def __init__(self, experts: int = 16, causal: bool = True):
         self.experts, self.causal = experts, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """A mixture whose active heads are the place's. Raises: SpecError if there are fewer experts."""

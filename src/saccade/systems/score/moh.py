@@ -52,10 +52,6 @@ class MoH(LayerSystem):
     def __init__(self, active: float = 0.75, shared: float = 0.25, causal: bool = True):
         self.active, self.shared, self.causal = active, shared, causal
 
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
-
     def layer(self, place: Place) -> nn.Module:
         """Multi-head attention with a router. Raises: SpecError if no routed head would be used, or too many."""
         shared = round(self.shared * place.heads)

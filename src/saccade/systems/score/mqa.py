@@ -17,8 +17,6 @@ claim does without it, to the loss of this system.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ...core import masks
 from ...core.spec import Attention
 from ...nn import MultiHead
@@ -41,10 +39,6 @@ class MQA(LayerSystem):
 
     def __init__(self, causal: bool = True):
         self.causal = causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> MultiHead:
         """Multi-head attention with one head of keys and values."""

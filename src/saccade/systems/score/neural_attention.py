@@ -18,7 +18,6 @@ its first layer, as theirs. The expressiveness task is ours: the paper's was not
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -78,10 +77,6 @@ class NeuralAttention(LayerSystem):
 
     def __init__(self, inner: int = 2, causal: bool = True):
         self.inner, self.causal = inner, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """The program, for a MultiHead."""

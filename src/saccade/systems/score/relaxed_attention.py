@@ -62,10 +62,6 @@ class RelaxedAttention(System):
             raise SpecError(f"relaxed-attention: share must lie in 0..1; got {share}")
         self.share, self.matched, self.causal = share, matched, causal
 
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal)
-
     def build(self, heads: int) -> Attention:
         """Softmax, then the mixture."""
         mask = masks.Causal() if self.causal else masks.Full()

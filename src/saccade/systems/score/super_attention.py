@@ -20,7 +20,7 @@ of which shorter sequences use the first rows and columns; longer ones are refus
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -104,10 +104,6 @@ class SuperAttention(LayerSystem):
         if kind not in get_args(Kind):
             raise SpecError(f'super-attention: kind must be "optimised", "efficient" or "super"; got {kind!r}')
         self.kind, self.length, self.causal = kind, length, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """Multi-head attention with fewer projections."""

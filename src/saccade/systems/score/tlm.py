@@ -18,7 +18,6 @@ nothing reads zeros. Nothing is hidden from a layer that decodes with a cache.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 
@@ -77,10 +76,6 @@ class TLM(LayerSystem):
         if not 0 <= rate < 1:
             raise SpecError(f"tlm: rate must be at least 0 and below 1; got {rate}")
         self.rate, self.causal = rate, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> nn.Module:
         """Softmax attention, masked by token in training."""

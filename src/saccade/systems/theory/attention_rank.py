@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice, pairwise
 from statistics import fmean
 
@@ -70,10 +69,6 @@ class AttentionRank(LayerSystem):
         if rank is not None and rank < 1:
             raise SpecError(f"attention-rank: a head's rank is 1 or more; got {rank}")
         self.rank, self.causal, self.hard = rank, causal, hard
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal, decodes=self.causal)
 
     def layer(self, place: Place) -> RankedHeads:
         """Multi-head attention whose rank is not tied to the number of heads."""

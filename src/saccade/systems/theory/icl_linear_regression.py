@@ -18,7 +18,6 @@ not divided by sqrt(D), as in the paper's formulas; the trained layer's are, as 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -50,10 +49,6 @@ class IclLinearRegression(System):
         if omega <= 0:
             raise SpecError(f"icl-linear-regression: omega is above 0, its head's pair has -omega; got {omega}")
         self.omega, self.mu, self.causal = omega, mu, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal)
 
     def build(self, heads: int) -> Attention:
         """Softmax at +-omega, its weights times +-mu; the heads' sum is the prediction."""

@@ -23,7 +23,6 @@ with any key reads zeros; there it keeps what it was. There are 2^n neurons: few
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -55,10 +54,6 @@ class Sdm(System):
         if not 0 < radius < n:
             raise SpecError(f"sdm: a circle among addresses of {n} bits has a radius of 1 to {n - 1}; got {radius}")
         self.n, self.radius, self.causal = n, radius, causal
-
-    def promised(self) -> Promises:
-        """Causal as set."""
-        return replace(self.promises, causal=self.causal)
 
     def build(self, heads: int) -> Attention:
         """The intersection over its sum."""
