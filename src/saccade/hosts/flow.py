@@ -8,8 +8,8 @@ With ``W`` the weights of a layer, their mean taken over heads, and ``G`` the gr
 
 Of the two products rows are made, from the last layer down: each step is a row times the matrix of one layer, which
 the engine computes in tiles from the queries and keys that were kept. G is the product of the gradient by attention's
-output and the values, so it needs no matrix either: memory grows with N. Flow takes whole matrices and one maximum
-flow for each token: it is for short inputs.
+output and the values, so it needs no matrix either: memory grows with N. The edges of flow are the greatest weights of
+each row, so its graph grows with N too; but it takes a maximum flow for each token, and so time.
 
 Rollout, flow: Quantifying Attention Flow in Transformers, arXiv:2005.00928, sections 3.1 to 3.3, and
     https://github.com/samiraabnar/attention_flow (attention_graph_util.py).
@@ -30,13 +30,13 @@ from ..core.attend import attention
 from ..core.errors import SpecError
 from ..core.masks import Causal, Full
 from ..core.spec import Attention
-from ..core.stats import Rows, Stat
+from ..core.stats import Stat, TopK
 from ..core.tile import Tile, per_row
 from . import acts
 from .acts import Call
 from .handles import Handle
 
-SHORT = 128  # tokens: maximum flows to all of 96 in six layers take 8 s, and the time grows with their cube
+SCALE = 1 << 24  # of capacities: scipy's maximum flow counts in integers
 
 
 def keep(model: nn.Module, *, layers: Any = None, kind: Any = "self") -> Kept:
@@ -110,27 +110,45 @@ class Kept(Handle):
         return drawn
 
     @torch.no_grad()
-    def flow(self, rows: Sequence[int]) -> Tensor:
-        """Attention flow of some queries: ``[B, len(rows), N]``, rows sum to 1. For at most ``SHORT`` tokens."""
-        import networkx as nx
-        from networkx.algorithms.flow import build_residual_network, preflow_push
+    def flow(self, rows: Sequence[int], edges: int = 64) -> Tensor:
+        """Attention flow of some queries: ``[B, len(rows), N]``, rows sum to 1.
+
+        Args:
+            rows: the queries; negative ones count from the end.
+            edges: of a head's row the greatest so many weights are edges (all, of inputs no longer). What is left out
+                only lowers the flow, and memory grows with N.
+
+        One maximum flow for each token that the query can reach: minutes for a thousand tokens.
+
+        Raises:
+            SpecError: as for :meth:`rollout`.
+        """
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import maximum_flow
 
         start = self._start(rows)
-        if (n := start.shape[-1]) > SHORT:
-            raise SpecError(f"flow: expected at most {SHORT} tokens, got {n}: ask for rollout, which takes any length")
+        n, top = start.shape[-1], len(self._layers)
         found = torch.zeros_like(start)
-        for b in range(len(start)):
-            graph = nx.DiGraph()
-            for above, layer in enumerate(self._layers, 1):
-                mixed = layer.rows(range(n))[b] + torch.eye(n, device=start.device)
-                mixed = mixed / mixed.sum(-1, keepdim=True)
-                for i, j in mixed.nonzero().tolist():
-                    graph.add_edge((above, i), (above - 1, j), capacity=float(mixed[i, j]))
-            top, residual = len(self._layers), build_residual_network(graph, "capacity")
+        graphs: list[list[Tensor]] = [[] for _ in start]  # from, to and capacity of edges
+        for above, layer in enumerate(self._layers, 1):
+            capacity, key = layer.best(min(edges, n))  # [B, N, H * edges]
+            total = (1 + layer.row_sums()).expand(len(start), n)
+            itself = torch.arange(n, device=key.device)[:, None]
+            for b, graph in enumerate(graphs):
+                weight = torch.nn.functional.pad(capacity[b], (0, 1), value=1.0) / total[b, :, None]
+                to = torch.cat([key[b], itself], -1)
+                graph.append(
+                    torch.stack([(itself + above * n).expand_as(to), to + (above - 1) * n, weight])[:, to >= 0]
+                )
+        for b, graph in enumerate(graphs):
+            source, to, weight = torch.cat(graph, 1).cpu().double().numpy()
+            size = ((top + 1) * n,) * 2
+            whole = coo_array((weight * SCALE, (source.astype(int), to.astype(int))), size).tocsr()  # heads add up
+            whole.data = whole.data.round()
+            whole = whole.astype("int32")
             for r, row in enumerate(start[b].argmax(-1).tolist()):
                 for j in range(n):
-                    done = preflow_push(graph, (top, row), (0, j), residual=residual, value_only=True)
-                    found[b, r, j] = done.graph["flow_value"]
+                    found[b, r, j] = maximum_flow(whole, top * n + row, j).flow_value / SCALE
         return found / found.sum(-1, keepdim=True)
 
     def _start(self, rows: Sequence[int]) -> Tensor:
@@ -172,21 +190,27 @@ class _Layer:
             return torch.ones(1, 1, device=self.call.q.device)
         return self._look([RowMass()])["row_mass"].mean(1)
 
-    def rows(self, rows: Sequence[int]) -> Tensor:
-        """Mean over heads of the weights of some queries, ``[B, len(rows), M]``."""
-        return self._look([Rows(list(rows))])["rows"].mean(1)
+    def best(self, count: int) -> tuple[Tensor, Tensor]:
+        """The greatest weights of each head's rows over the number of heads, and their keys, ``[B, N, H * count]``.
 
-    def _look(self, stats: Sequence[Stat]) -> dict[str, Tensor]:
+        Where there are fewer: 0 and -1.
+        """
+        weights, keys = (x.transpose(1, 2).flatten(2) for x in self._look([TopK(count)])["top_k"])
+        return weights / self.call.q.shape[1], keys
+
+    def _look(self, stats: Sequence[Stat]) -> dict[str, Any]:
         """What stats see, by name: ``[B, H, ...]``."""
         q, k = self.call.q.detach(), self.call.k.detach()
-        whole: dict[str, Tensor] = {}
+        whole: dict[str, Any] = {}
         for heads, spec in self.programs:
             _, seen = attention(q, k, k[..., :1], spec, stats=stats, offset=self.call.frame.offset)
             for name, found in seen.items():
                 if heads is None:
                     whole[name] = found
-                else:
-                    whole[name][:, list(heads)] = found[:, list(heads)]
+                    continue
+                pairs = zip(whole[name], found, strict=True) if isinstance(found, tuple) else [(whole[name], found)]
+                for into, part in pairs:
+                    into[:, list(heads)] = part[:, list(heads)]
         return whole
 
 
