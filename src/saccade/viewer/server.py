@@ -101,16 +101,19 @@ class Server:
         self.link = f"http://{HOST}:{self._socket.getsockname()[1]}/{self.token}/"
         config = uvicorn.Config(application(session, self.token), log_level="warning", access_log=False, ws="none")
         self._server = uvicorn.Server(config)
+        self._stopped = False
 
     def run(self) -> None:
-        """Serve until Ctrl-C, or until :meth:`stop`."""
+        """Serve until :meth:`stop`, or until Ctrl-C, which is a KeyboardInterrupt here."""
         self.session.start()
         try:
             self._server.run(sockets=[self._socket])
         finally:
             self.session.close()
             self._socket.close()
+        if not self._stopped:  # a signal ended it, and not always does uvicorn raise it again
+            raise KeyboardInterrupt
 
     def stop(self) -> None:
         """Let :meth:`run` end."""
-        self._server.should_exit = True
+        self._stopped = self._server.should_exit = True
