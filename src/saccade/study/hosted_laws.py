@@ -218,7 +218,7 @@ def does_something_and_leaves_no_trace(system: MethodSystem) -> str:
     if not bool(inside.isfinite().all()):
         raise Broken("inside, logits are not finite")
     if change < ROUNDING:
-        raise Skipped("a forward pass alone is not changed (the method acts on decoding)")
+        raise Skipped("a forward pass alone is not changed (the method acts on decoding, on training, or reads only)")
     return f"changes logits by {change:.1e} of the largest"
 
 
