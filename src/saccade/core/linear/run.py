@@ -18,8 +18,8 @@ from .forms import by_tokens, in_chunks
 from .spec import LinearAttention
 
 CHUNK = 64  # tokens: measured on two cores for D = 64 (docs/linear.md)
-STRETCH = 2048  # tokens times heads done at once: few enough for the cache, enough for both cores
-ABREAST = 8  # heads done at once where a state goes from chunk to chunk one by one: small products need company
+STRETCH = 4096  # tokens times heads done at once: few enough for the cache, enough for both cores
+ABREAST = 4  # heads done at once, at least: fewer chunks of more heads, since states are summed chunk by chunk
 MANY = 16  # as much on a GPU, times this (not tuned)
 
 
@@ -66,9 +66,11 @@ class Plan:
             return Plan(by_tokens, [slice(0, rows)], stretches(n, CHUNK, 1))
         if form == "parallel":
             return Plan(in_chunks, groups(rows, max(1, 2**22 // n**2)), [Stretch(slice(0, n), n)])
-        budget = STRETCH if streams.q.device.type == "cpu" else MANY * STRETCH
-        stepwise = spec.delta or (streams.log_decay is not None and streams.log_decay.ndim == 3)
-        at_once = min(rows, max(ABREAST if stepwise else 1, budget // n))
+        budget, abreast = STRETCH, ABREAST
+        if spec.delta or (streams.log_decay is not None and streams.log_decay.ndim == 3):
+            budget, abreast = budget // 2, 2 * abreast  # chunk after chunk in Python: small products need company
+        budget *= 1 if streams.q.device.type == "cpu" else MANY
+        at_once = min(rows, max(abreast, budget // n))
         tokens = max(CHUNK, budget // at_once // CHUNK * CHUNK)
         return Plan(in_chunks, groups(rows, at_once), stretches(n, tokens, CHUNK))
 
