@@ -2,6 +2,7 @@
 
 import itertools
 
+import networkx as nx
 import pytest
 import torch
 import transformers as tf
@@ -118,7 +119,7 @@ def test_flow_is_the_least_cut():
 
 
 def test_few_edges_lower_the_flow_and_enough_are_all():
-    """Before it is shared out, flow through fewer edges is nowhere more; the ratios of the exact one come back."""
+    """Two edges a head make another flow than all do; all but one of the row almost the same."""
     model, tokens = small_model().double(), some_tokens(1, 24)
     with keep(model) as run, torch.no_grad():
         model(tokens)
@@ -128,6 +129,24 @@ def test_few_edges_lower_the_flow_and_enough_are_all():
     assert few.sum() == pytest.approx(1) and not torch.allclose(few, exact, atol=1e-3)
     near = run.flow([-1], edges=23)  # one key of the last rows alone is left out
     assert (near - exact).abs().max() < 0.02
+
+
+def test_flow_takes_the_greatest_edges_of_each_head():
+    """Against networkx, on a graph of the two greatest weights of each head's rows."""
+    n, model = 7, small_model().double()
+    tokens = some_tokens(1, n)
+    with keep(model) as run, torch.no_grad():
+        model(tokens)
+    graph, (weights, _) = nx.DiGraph(), dense(model, tokens)
+    for above, w in enumerate(weights, 1):
+        best = w.detach()[0].topk(2, -1)
+        kept = torch.zeros_like(w[0]).scatter(-1, best.indices, best.values).mean(0) + torch.eye(n)
+        for i, j in kept.nonzero().tolist():
+            graph.add_edge((above, i), (above - 1, j), capacity=float(kept[i, j]) / 2)
+    top = len(weights), n - 1
+    wanted = [nx.maximum_flow_value(graph, top, (0, j)) if graph.has_node((0, j)) else 0.0 for j in range(n)]
+    wanted = torch.tensor(wanted, dtype=torch.float64)
+    torch.testing.assert_close(run.flow([-1], edges=2)[0, 0], wanted / wanted.sum(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("what", ["rollout", "relevance"])

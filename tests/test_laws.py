@@ -356,6 +356,16 @@ def test_the_ledger_is_refreshed_oldest_first_within_a_budget_and_past_errors(tm
     assert list(claims.refresh(kinds.values(), minutes=0, out=tmp_path)) == []
 
 
+def test_an_entry_that_is_none_is_measured_again(tmp_path):
+    """As the message about it says; one of another system is in nobody's way."""
+    for name in ("claiming", "other"):
+        (tmp_path / f"{name}.json").write_text("{")
+    [result] = claims.refresh([Claiming], out=tmp_path)
+    assert result.verdict == "holds" and json.loads((tmp_path / "claiming.json").read_text())["slug"] == "claiming"
+    with pytest.raises(SpecError, match=r"other\.json is not an entry"):
+        claims.ledger(tmp_path)
+
+
 def test_a_system_without_a_claim_is_not_measured(tmp_path):
     assert claims.run(Plain, tmp_path).statement == "Not measured: the system defines no claim."
 

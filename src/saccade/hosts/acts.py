@@ -158,6 +158,11 @@ class Acts:
                 found = [*found, (act.heads, act.program)] if act.heads is not None else [(None, act.program)]
         return found
 
+    def ran(self, call: Call) -> list[tuple[tuple[int, ...] | None, Attention]]:
+        """The same as they ran in a call: with all edits, inside the model's frame."""
+        keys = call.k.shape[2]
+        return [(heads, self.whole(p, i, call.frame, keys)) for i, (heads, p) in enumerate(self.programs())]
+
     def edits(self, keys: int) -> list[Edit]:
         """All edits, those of some heads confined to them, their names those of the keys that are there."""
         found = []

@@ -65,9 +65,7 @@ class Kept(Handle):
 
     def _see(self, call: Call, told: dict[str, Any]) -> None:
         state: acts.Acts = call.site.module.__dict__[acts.STATE]
-        keys = call.k.shape[2]
-        programs = [(heads, state.whole(p, i, call.frame, keys)) for i, (heads, p) in enumerate(state.programs())]
-        self._layers.append(_Layer(call, programs))
+        self._layers.append(_Layer(call, state.ran(call)))
 
     def _forget(self) -> None:
         super()._forget()

@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def run(system_cls: type[System], out: Path | str | None = None) -> ClaimResult:
         datetime.date.today().isoformat(),
         _source(system_cls),
     )
-    _write(result, LEDGER if out is None else Path(out))
+    _write(result, _folder(out))
     return result
 
 
@@ -88,8 +89,10 @@ def refresh(
 
     Yields each result, or the slug and what went wrong: one broken claim does not stop the others.
     """
-    known = ledger(out) if out is None or Path(out).is_dir() else {}
-    start = time.perf_counter()
+    systems, known, start = list(systems), {}, time.perf_counter()
+    for system in systems:
+        with suppress(OSError, SpecError):  # not there, or no entry: it is measured anew
+            known[system.slug] = _entry(_folder(out) / f"{system.slug}.json")
 
     def age(system: type[System]) -> tuple[bool, bool, str]:
         entry = known.get(system.slug)
@@ -115,14 +118,19 @@ def ledger(folder: Path | str | None = None) -> dict[str, ClaimResult]:
     Raises:
         SpecError: a file there is not an entry.
     """
-    found = {}
-    for path in sorted((LEDGER if folder is None else Path(folder)).glob("*.json")):
-        try:
-            result = ClaimResult(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise SpecError(f"{path} is not an entry of the ledger ({error}): measure it again") from error
-        found[result.slug] = result
-    return found
+    entries = map(_entry, sorted(_folder(folder).glob("*.json")))
+    return {result.slug: result for result in entries}
+
+
+def _folder(given: Path | str | None) -> Path:
+    return LEDGER if given is None else Path(given)
+
+
+def _entry(path: Path) -> ClaimResult:
+    try:
+        return ClaimResult(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise SpecError(f"{path} is not an entry of the ledger ({error}): measure it again") from error
 
 
 def machine() -> str:

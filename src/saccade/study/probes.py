@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,11 @@ class Detector:
         with torch.enable_grad():
             solver.step(loss)  # type: ignore[no-untyped-call]
         return Detector(weight.detach(), bias.detach())
+
+
+def outweighs(gained: int, lost: int) -> bool:
+    """Are more of the same questions gained than lost, by two standard errors?"""
+    return gained - lost > 2 * math.sqrt(gained + lost)
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:

@@ -280,12 +280,8 @@ class Capture:
             if call.q.shape[0] != 1:
                 raise SpecError(f"the viewer shows one sample; the batch is {call.q.shape[0]}")
             state: acts.Acts = call.site.module.__dict__[acts.STATE]
-            found = [
-                (heads, state.whole(program, i, call.frame, call.k.shape[2]))
-                for i, (heads, program) in enumerate(state.programs())
-            ]
             q, k = (x.detach().contiguous() for x in (call.q, call.k))
-            kept.append(Layer(call.site, q, k, call.frame.offset, found, *_names(call.site, seq2seq)))
+            kept.append(Layer(call.site, q, k, call.frame.offset, state.ran(call), *_names(call.site, seq2seq)))
 
         with torch.no_grad(), listen(model, keep, layers=layers):
             model(**inputs)

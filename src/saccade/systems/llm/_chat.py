@@ -96,5 +96,6 @@ def right(model: Any, tokens: Tensor, steering: MethodSystem | None = None) -> T
 
 def more(a: Tensor, b: Tensor) -> bool:
     """Is ``a`` right more often than ``b``, of the same questions, by two standard errors?"""
-    gained, lost = int((a & ~b).sum()), int((b & ~a).sum())
-    return gained - lost > 2 * (gained + lost) ** 0.5
+    from ...study.probes import outweighs
+
+    return outweighs(int((a & ~b).sum()), int((b & ~a).sum()))

@@ -21,7 +21,6 @@ twice, in tiles; other programs, edits and stats there see the first run. A quer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -85,7 +84,7 @@ class ACT(MethodSystem):
             {"heads": [*map(list, chosen)], "accuracy": dense, "calibrated": found, "gained": gained, "lost": lost},
             f"{len(chosen)} heads raise accuracy on the calibration set, each alone. With all of them {found:.1%} of"
             f" {len(base)} other texts are continued correctly, {dense:.1%} without ({gained} gained, {lost} lost).",
-            accuracy_up=gained - lost > 2 * math.sqrt(gained + lost),  # two standard errors
+            accuracy_up=probes.outweighs(gained, lost),
         )
 
 

@@ -21,7 +21,6 @@ last position is contrasted, and the others keep the model's own log p. Not for 
 from __future__ import annotations
 
 import copy
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,7 +102,7 @@ class DeCoRe(MethodSystem):
             f"Of {len(tests)} letters changed in prose to be copied the model says {faithful[0]:.1%}, with DeCoRe"
             f" {faithful[1]:.1%} ({gained} gained, {lost} lost); the original letter in {recited[0]:.1%} and"
             f" {recited[1]:.1%}.",
-            faithfulness_up=gained - lost > 2 * math.sqrt(gained + lost),  # two standard errors
+            faithfulness_up=probes.outweighs(gained, lost),
         )
 
 
