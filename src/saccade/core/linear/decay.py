@@ -59,11 +59,11 @@ class ChannelDecay(NoDecay):
         self.cuts: list[tuple[Tensor, Tensor]] = []  # for h = 1, 2, 4...: decay since the cut, decay until it
         half = 1
         while half < full:
-            since_a, since_b = since.unflatten(-2, (-1, 2, half)).unbind(-3)
-            until_a, until_b = until.unflatten(-2, (-1, 2, half)).unbind(-3)
-            self.cuts.append((since_b, until_a))
-            since = torch.cat([since_a, since_b * since_a[..., -1:, :]], -2).flatten(-3, -2)
-            until = torch.cat([until_a * since_b[..., -1:, :], until_b], -2).flatten(-3, -2)
+            since, until = (x.unflatten(-2, (-1, 2, half)) for x in (since, until))
+            self.cuts.append((since[..., 1, :, :], until[..., 0, :, :]))
+            first, second = since[..., -1:, :].split(1, -3)
+            since = (since * torch.cat([torch.ones_like(first), first], -3)).flatten(-4, -2)
+            until = (until * torch.cat([second, torch.ones_like(second)], -3)).flatten(-4, -2)
             half *= 2
         self.since, self.until = since[..., : self.size, :], until[..., : self.size, :]
 
@@ -71,17 +71,17 @@ class ChannelDecay(NoDecay):
         full = 1 << len(self.cuts)
         if full > self.size:
             a, b = (F.pad(x, (0, 0, 0, full - self.size)) for x in (a, b))
-        found = (a * b).sum(-1)[..., None, None]  # blocks [..., full / h, h, h] down the diagonal
-        if diagonal:
-            found = torch.zeros_like(found)
+        found = a.new_zeros(*a.shape[:-1], full)
+        if not diagonal:
+            found.diagonal(dim1=-2, dim2=-1).copy_((a * b).sum(-1))
         half = 1
         for since, until in self.cuts:
             late = a.unflatten(-2, (-1, 2, half))[..., 1, :, :] * since
             early = b.unflatten(-2, (-1, 2, half))[..., 0, :, :] * until
-            upper, lower = found.unflatten(-3, (-1, 2)).unbind(-3)
-            found = torch.cat([F.pad(upper, (0, half)), torch.cat([late @ early.mT, lower], -1)], -2)
+            blocks = found.unflatten(-1, (-1, 2, half))[..., 0, :].unflatten(-3, (-1, 2, half))[..., 1, :, :, :]
+            blocks.diagonal(dim1=-4, dim2=-2).copy_((late @ early.mT).movedim(-3, -1))
             half *= 2
-        return found[..., 0, : self.size, : self.size]
+        return found[..., : self.size, : self.size]
 
     def since_start(self, a: Tensor) -> Tensor:
         return a * self.since

@@ -40,14 +40,15 @@ def _corrected(k: Tensor, v: Tensor, decay: NoDecay, beta: Tensor, state: Tensor
     """
     strong = k * beta[..., None]
     known = torch.cat([v * beta[..., None], decay.since_start(strong)], -1)
-    solved = torch.linalg.solve_triangular(decay.scores(strong, k, -1), known, upper=False, unitriangular=True)
+    system = decay.scores(strong, k, -1).mT  # transposed: LAPACK reads columns
+    solved = torch.linalg.solve_triangular(system, known.mT, upper=True, unitriangular=True, left=False).mT
     own, held = solved.split([v.shape[-1], k.shape[-1]], -1)
     ends = decay.until_end(k).mT
     states, writes = [], []
     for chunk in range(k.shape[1]):
         states.append(state)
-        writes.append(own[:, chunk] - held[:, chunk] @ state)
-        state = decay.carry(state, chunk) + ends[:, chunk] @ writes[-1]
+        writes.append(torch.baddbmm(own[:, chunk], held[:, chunk], state, alpha=-1))
+        state = torch.baddbmm(decay.carry(state, chunk), ends[:, chunk], writes[-1])
     return torch.stack(states, 1), state, torch.stack(writes, 1)
 
 
