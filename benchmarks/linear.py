@@ -1,7 +1,9 @@
 """Measure kernelised attention against SDPA, and against peers that run here, in the same run: `make bench`.
 
-Lengths, variants and peers take turns in every round; medians are shown. 8 heads of 64, float32.
-Usage: linear.py [--only WORD] [--rounds N] [--peers SITE_PACKAGES] [--json FILE]
+Lengths, variants and peers take turns in every round; medians are shown. 8 heads of 64, float32. With glibc, the
+allocator keeps what is freed, as PyTorch's tuning guide advises for CPUs (there by jemalloc): otherwise the pages of a
+long output come new from the system at every call, and that is measured. --fresh leaves it as it comes.
+Usage: linear.py [--only WORD] [--rounds N] [--fresh] [--peers SITE_PACKAGES] [--json FILE]
 
 Peers: transformers' own chunked gated delta rule (Qwen3-Next) and, from a folder given with --peers (pip install
 --target, without dependencies), the naive references of flash-linear-attention, performer-pytorch and
@@ -11,6 +13,7 @@ linear-attention-transformer.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import itertools
 import json
@@ -38,8 +41,19 @@ Call = Callable[[], Any]
 Rows = list[dict[str, Any]]
 
 
+def keep_freed_memory() -> bool:
+    """Let malloc return nothing to the system; False where it is not glibc's."""
+    trim_threshold, mmap_max = -1, -4  # of mallopt(3)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
+
+
 def seconds(calls: dict[Any, tuple[Call, int]], rounds: int) -> dict[Any, float]:
-    """Median seconds of each call over rounds in which all take turns, each repeated so many times."""
+    """Median seconds of each call over rounds in which all take turns, each repeated so many times.
+
+    The machine's speed moves from round to round: what all calls of a round were slower by, in the geometric mean, is
+    taken out before the medians.
+    """
     seen: dict[Any, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, (call, times) in calls.items():
@@ -48,7 +62,10 @@ def seconds(calls: dict[Any, tuple[Call, int]], rounds: int) -> dict[Any, float]
                 call()
             if number:  # the first round warms up
                 seen[name].append((time.perf_counter() - start) / times)
-    return {name: statistics.median(values) for name, values in seen.items()}
+    moods = [statistics.geometric_mean(taken) for taken in zip(*seen.values(), strict=True)]
+    usual = statistics.median(moods)
+    return {name: statistics.median(s / m for s, m in zip(taken, moods, strict=True)) * usual
+            for name, taken in seen.items()}  # fmt: skip
 
 
 def inputs(n: int, grad: bool = False) -> list[Tensor]:
@@ -294,10 +311,12 @@ def show(rows: Rows) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="run the groups whose name contains this word")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--fresh", action="store_true", help="leave the allocator as it comes")
     parser.add_argument("--peers", type=Path, help="a folder of packages to compare with")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    kept = not options.fresh and keep_freed_memory()
     console = Console(width=None if sys.stdout.isatty() else 160)
     found: Rows = []
     for group in (forward, backward, lengths, trained_lengths, decode, against_peers):
@@ -307,7 +326,7 @@ def main() -> None:
             console.print(show(rows))
             found += rows
     if options.json:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": found}
+        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "memory kept": kept, "rows": found}
         options.json.write_text(json.dumps(machine, indent=1))
 
 

@@ -8,18 +8,10 @@ import torch
 from saccade.core.errors import SpecError
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.study.laws import check
-from saccade.systems.explain._outliers import fpr95, mahalanobis, nearest
-from saccade.systems.explain.ahm import (
-    AHM,
-    KNOWN,
-    NOUNS,
-    SIZES,
-    bert,
-    choose,
-    distances,
-    documents,
-    features,
-)
+from saccade.systems.explain._classifier import bert
+from saccade.systems.explain._outliers import fpr95, half_replaced, mahalanobis, nearest
+from saccade.systems.explain.ahm import AHM, batches, choose
+from saccade.worlds.documents import SIZES
 from saccade.worlds.grammar import words
 
 torch.set_num_threads(1)
@@ -67,28 +59,39 @@ def test_nearest_by_sorting():
         assert -score.item() == pytest.approx(sorted(float((row / row.norm() - v).norm()) for v in unit)[2], abs=1e-6)
 
 
-def test_documents_are_about_their_topic():
-    names = list(words(SIZES))
-    for known in (True, False):
-        tokens, labels = next(documents(0, known))
-        assert bool((labels < KNOWN).all()) == known
-        nouns = [
-            (int(names[token].removeprefix("noun").removesuffix(".pl")) // NOUNS, label)
-            for row, label in zip(tokens.tolist(), labels.tolist(), strict=True)
-            for token in row
-            if names[token].startswith("noun")
-        ]
-        share = sum(topic == label for topic, label in nouns) / len(nouns)
-        assert 0.75 < share < 0.95
+@torch.no_grad()
+def test_half_of_the_words_are_replaced():
+    texts = list(islice(batches(1), 8))
+    vocabulary = torch.tensor([3, 5, 7])
+    replaced = half_replaced(texts, vocabulary)
+    shares = []
+    for (tokens, labels), (others, same) in zip(texts, replaced, strict=True):
+        changed = tokens != others
+        assert torch.equal(labels, same) and torch.isin(others[changed], vocabulary).all()
+        assert not others[tokens == 0].any()
+        shares.append(changed[tokens != 0].float().mean())
+    assert 0.45 < float(torch.stack(shares).mean()) < 0.55
 
 
+@torch.no_grad()
 def test_the_best_of_all_masks_is_chosen():
+    """Every head's columns of the output projection set to zero, one after another."""
     torch.manual_seed(0)
-    model = bert().eval()
-    data = list(islice(documents(1), 2))
-    heads = choose(model, data[:1], data[1:], most=1)
-    assert len(heads) == 1 and heads == choose(model, data[:1], data[1:], most=1)
-    plain, masked = (distances(model, data[:1], mask)["mahalanobis"](data[1:]) for mask in ((), heads))
-    assert not torch.allclose(plain, masked)
-    again = mahalanobis(*features(model, data[:1], heads)[::2])(features(model, data[1:], heads)[0])
-    assert torch.equal(again, masked)
+    model = bert(len(words(SIZES)), 4, 2, initializer_range=0.3).eval().model
+    data = list(islice(batches(1), 2))
+    train, held = data[:1], data[1:]
+    replaced = half_replaced(held, train[0][0].unique()[1:])
+    told = {}
+    for layer, head in [(layer, head) for layer in range(2) for head in range(4)]:
+        weight = model.bert.encoder.layer[layer].attention.output.dense.weight
+        kept = weight.clone()
+        weight[:, head * 12 : head * 12 + 12] = 0
+        states = [
+            model(x, attention_mask=(x != 0).long(), output_hidden_states=True).hidden_states[-1][:, 0]
+            for x in (train[0][0], held[0][0], replaced[0][0])
+        ]
+        weight.copy_(kept)
+        score = mahalanobis(states[0], train[0][1])
+        told[layer, head] = fpr95(score(states[1]), score(states[2]))
+    assert len(set(told.values())) > 2
+    assert choose(model, train, held, most=1) == [min(told, key=told.__getitem__)]

@@ -8,7 +8,8 @@ from saccade.hosts.handles import edit
 from saccade.study import laws
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.systems.explain import bertviz
-from saccade.systems.explain.bertviz import BertViz, encoder_decoder, pooled, unpacked, whole_row
+from saccade.systems.explain._random_models import encoder_decoder
+from saccade.systems.explain.bertviz import BertViz, pooled, unpacked, whole_row
 
 torch.set_num_threads(1)
 

@@ -17,13 +17,14 @@ from saccade.systems.llm._chat import (
     FACTS,
     INDICATOR,
     USER,
+    looking,
     more,
     needles,
     pairs,
     right,
     tune,
 )
-from saccade.systems.llm.context_awareness_loss import ContextAwarenessLoss, looking, score
+from saccade.systems.llm.context_awareness_loss import ContextAwarenessLoss, score
 from saccade.worlds.text import decode, heldout
 from saccade.zoo import path
 

@@ -6,8 +6,9 @@ import torch
 from saccade.core.errors import SpecError
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.study.laws import check
+from saccade.systems.llm._stream import state
 from saccade.systems.llm._told import CONTEXT, PRIOR, Questions, shares, teach
-from saccade.systems.llm.context_knob import ContextKnob, das, state
+from saccade.systems.llm.context_knob import ContextKnob, das
 from saccade.worlds.text import decode
 
 torch.set_num_threads(1)
@@ -40,6 +41,17 @@ def test_the_knob_sets_one_direction_of_the_last_token():
     each = states(model, tokens, ContextKnob(u, torch.tensor([1.0, 2.0, 3.0]), 0))[:, -1] @ u
     torch.testing.assert_close(each, torch.tensor([1.0, 2.0, 3.0]), rtol=1e-4, atol=1e-4)
     assert torch.equal(states(model, tokens, ContextKnob(u, 1.0, 1)), plain)  # after the last layer
+
+
+@torch.no_grad()
+def test_the_state_after_a_layer_is_what_the_next_reads():
+    """Also after the last one, where transformers' own hidden states are normed already."""
+    model, tokens, seen = small_model(), some_tokens(3, 10), []
+    for place in (model.model.layers[1], model.model.norm):
+        place.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, -1]))
+    model(tokens)
+    assert torch.equal(state(model, tokens, 0), seen[0])
+    assert torch.equal(state(model, tokens, 1), seen[1]) and torch.equal(state(model, tokens, -1), seen[1])
 
 
 def planted():

@@ -10,7 +10,8 @@ from saccade import SpecError, Unsupported
 from saccade.nn import MultiHead
 from saccade.nn.backbones import Place
 from saccade.nn.init import initialise
-from saccade.systems.theory.deconstructing_attention import Deconstructed, DeconstructingAttention, Elsewhere, Gated
+from saccade.systems.theory._elsewhere import Deconstructed, Elsewhere
+from saccade.systems.theory.deconstructing_attention import DeconstructingAttention, Gated
 
 torch.set_num_threads(1)
 WIDTH, HEADS, D, N, VOCAB = 24, 3, 8, 13, 17

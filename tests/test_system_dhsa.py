@@ -12,7 +12,8 @@ from saccade.core.errors import SpecError
 from saccade.core.selectors import TopKBlocks
 from saccade.hosts.handles import listen
 from saccade.study.probes import auroc, embedded
-from saccade.systems.sparse.dhsa import DHSA, Boundaries, Chunks, Even, ratio, starts, teach
+from saccade.systems.sparse._boundaries import Boundaries, Even, ratio, starts, teach
+from saccade.systems.sparse.dhsa import DHSA, Chunks
 from saccade.worlds.text import encode, heldout
 
 torch.set_num_threads(1)

@@ -12,7 +12,8 @@ from saccade.catalog import find
 from saccade.core.errors import SpecError
 from saccade.nn.backbones import Place
 from saccade.nn.positions import RoPE
-from saccade.systems.sparse.dma import DMA, strongest
+from saccade.systems.sparse._greatest_so_far import strongest
+from saccade.systems.sparse.dma import DMA
 
 torch.set_num_threads(1)
 WIDTH, HEADS, KV, N = 32, 4, 2, 41

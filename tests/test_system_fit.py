@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import saccade
 from saccade import masks
-from saccade.systems.latent.fit import FIT, attention_work, group_size
+from saccade.study.measure import attention_work
+from saccade.systems.latent.fit import FIT, group_size
 
 T, N, M, W, Z = 3, 4, 2, 8, 12
 SMALL = {"layers": "(1)1(2)1", "group": N, "latents": M, "width": W, "latent_width": Z, "heads": 2, "latent_heads": 4}

@@ -7,10 +7,11 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saccade import Unsupported, linear_weights
+from saccade import linear_weights
 from saccade.hosts.replaced import Read, read
 from saccade.nn.backbones import Place
-from saccade.systems.linear.hedgehog import Hedgehog, _truth, accuracy, tune, weight_shapes
+from saccade.systems.linear._mimicry import softmax_weights, weight_shapes
+from saccade.systems.linear.hedgehog import Hedgehog, score, tune
 
 
 def draw(*shape, seed=0):
@@ -55,6 +56,17 @@ def test_the_maps_start_as_the_identity_and_apart():
     assert queries.data_ptr() != keys.data_ptr()
 
 
+def test_wider_maps_add_rotations_that_queries_and_keys_share():
+    spec = Hedgehog(expand=3).program(2, 8)
+    queries, keys = (part.weight.detach() for part in (spec.feature.queries, spec.feature.keys))
+    assert_close(queries, keys)
+    first, *others = queries[1].split(8, 1)
+    assert_close(first, torch.eye(8))
+    for turn in others:
+        assert_close(turn @ turn.T, torch.eye(8), atol=1e-5, rtol=0)
+        assert float((turn - first).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_converted_model_attends_with_the_maps_of_each_query_head(kv_heads):
     model, text = llama(4, kv_heads), tokens(2, 12)
@@ -79,7 +91,7 @@ def test_a_converted_model_attends_with_the_maps_of_each_query_head(kv_heads):
 
 def test_what_is_mimicked_are_the_models_own_weights():
     model, text = llama(), tokens(2, 12)
-    found = [_truth(layer) for layer in read(model, text)]
+    found = [softmax_weights(layer) for layer in read(model, text)]
     model.set_attn_implementation("eager")
     for ours, theirs in zip(found, model(text, output_attentions=True).attentions, strict=True):
         assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
@@ -98,13 +110,17 @@ def test_decoding_gives_what_the_whole_text_gives():
     assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_is_refused():
+@torch.no_grad()
+def test_padding_is_nothing():
     model, text, system = llama(), tokens(2, 10), Hedgehog()
-    made = system.distill(model, [text])
+    with torch.enable_grad():
+        made = system.distill(model, [text])
     keep = torch.ones(2, 10, dtype=torch.long)
     keep[0, :4] = 0
-    with system.apply(model, made), pytest.raises(Unsupported, match="one length"):
-        model(text, attention_mask=keep)
+    with system.apply(model, made):
+        found = model(text, attention_mask=keep, position_ids=(keep.cumsum(-1) - 1).clamp(min=0)).logits
+        assert_close(found[:1, 4:], model(text[:1, 4:]).logits, rtol=1e-4, atol=1e-4)
+        assert_close(found[1:], model(text[1:]).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_distillation_brings_the_maps_nearer_and_leaves_the_model():
@@ -123,7 +139,7 @@ def test_distillation_brings_the_maps_nearer_and_leaves_the_model():
             total += float((truth * ratio).sum(-1).mean().detach())
         return total
 
-    short, long = system.distill(model, texts[:1], rate=0.0), system.distill(model, texts)
+    short, long = system.distill(model, texts[:1], rate=0.0), system.distill(model, texts, rate=6e-2)
     assert 0 < divergence(long) < 0.95 * divergence(short)
     for name, p in model.state_dict().items():
         assert_close(p, frozen[name])
@@ -135,9 +151,9 @@ def test_tuning_teaches_a_converted_model():
     made = system.distill(model, [text])
     start = made[0].feature.queries.weight.detach().clone()
     with system.apply(model, made):
-        before = accuracy(model, [text])
-        tune(model, list(made.parameters()), [text] * 30, rate=1e-2)
-        assert accuracy(model, [text]) > max(0.5, before)
+        before = score(model, text)[0]
+        tune(model, made, [text] * 30, rate=1e-2)
+        assert score(model, text)[0] > max(0.5, before)
     assert float((made[0].feature.queries.weight - start).abs().max()) > 1e-3
 
 

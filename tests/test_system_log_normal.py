@@ -9,7 +9,9 @@ from torch.testing import assert_close
 from saccade.nn import GPT, Encoder
 from saccade.nn.backbones import Place
 from saccade.nn.positions import RoPE
-from saccade.systems.linear.log_normal import A, B, LogNormal, LogNormalAttention, _shape, factors, shapes
+from saccade.study.probes import shape_of_weights
+from saccade.systems.linear._log_normal_features import A, B, factors, shapes
+from saccade.systems.linear.log_normal import LogNormal, LogNormalAttention
 
 WIDTH, HEADS, N = 24, 3, 37  # heads of 8: blocks of 8, and a rest of 5
 
@@ -110,11 +112,13 @@ def test_it_reads_both_ways_in_an_encoder():
 def test_shapes_of_weights_that_are_known():
     place = torch.special.ndtri((torch.arange(10_000) + 0.5) / 10_000)
     weights = (0.7 * place[torch.randperm(10_000, generator=torch.Generator().manual_seed(0))]).exp().view(10, -1)
-    found = _shape(weights)
+    found = shape_of_weights(weights)
     assert found["log_variance"] == pytest.approx(0.49, rel=1e-3)
     assert found["distance_from_normal"] < 1e-3
-    assert _shape(torch.linspace(1, 2, 1000)[None].exp())["distance_from_normal"] > 0.03  # logs are uniform
-    assert _shape(torch.full((4, 50), 0.02) + 1e-9 * torch.rand(4, 50))["concentration"] == pytest.approx(0, abs=1e-4)
+    assert shape_of_weights(torch.linspace(1, 2, 1000)[None].exp())["distance_from_normal"] > 0.03  # logs are uniform
+    assert shape_of_weights(torch.full((4, 50), 0.02) + 1e-9 * torch.rand(4, 50))["concentration"] == pytest.approx(
+        0, abs=1e-4
+    )
 
 
 def test_matched_weights_are_nearer_to_softmaxs_than_unmatched():

@@ -5,7 +5,8 @@ import torch
 
 from saccade import SpecError
 from saccade.nn import GPT, Encoder
-from saccade.systems.score.masked_mixer import MaskedMixer, Mixer, _found, _lost, _pairs
+from saccade.systems.score._last_states import found, pairs, tokens_lost
+from saccade.systems.score.masked_mixer import MaskedMixer, Mixer
 
 torch.set_num_threads(1)
 WIDTH, LENGTH = 12, 20
@@ -79,15 +80,15 @@ def test_an_input_is_read_back_where_nothing_is_lost_and_not_where_all_is():
     with torch.no_grad():
         for p in model.stack.parameters():
             p.zero_()
-    assert _lost(model, tokens) == 0
+    assert tokens_lost(model, tokens) == 0
     block = model.stack.blocks[0]
     block.forward = lambda x, **_: torch.zeros_like(x) * x  # nothing of the input is left
-    assert _lost(model, tokens) > 0.5
+    assert tokens_lost(model, tokens) > 0.5
 
 
-def test_questions_are_words_of_their_pages_and_the_closest_page_is_found():
+def test_questions_are_words_of_their_pages_and_the_closest_page_isfound():
     source = b"one two three four five six seven eight nine ten eleven twelve " * 4
-    questions, pages = next(_pairs(source, 40, 6, 0))
+    questions, pages = next(pairs(source, 40, 6, 0))
     assert questions.shape == pages.shape == (6, 40) and (questions[:, 0] == 256).all()
     for question, page in zip(questions.tolist(), pages.tolist(), strict=True):
         words = bytes(question[1:]).split()
@@ -98,5 +99,5 @@ def test_questions_are_words_of_their_pages_and_the_closest_page_is_found():
             return torch.eye(6)[x[:, -1] % 6][:, None]
 
     tokens = torch.arange(6)[:, None]
-    assert _found(Known(), (tokens, tokens)) == 1
-    assert _found(Known(), (tokens, tokens.roll(1, 0))) == 0
+    assert found(Known(), (tokens, tokens)) == 1
+    assert found(Known(), (tokens, tokens.roll(1, 0))) == 0

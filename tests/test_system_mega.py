@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from saccade import Unsupported
 from saccade.nn import GPT
 from saccade.nn.backbones import Place
-from saccade.systems.linear._ema import DampedEMA
-from saccade.systems.linear.mega import Laplace, Mega, _forms_apart
+from saccade.systems.linear._ema import DampedEMA, forms_apart
+from saccade.systems.linear._laplace import Laplace
+from saccade.systems.linear.mega import Mega
 
 WIDTH, N = 16, 21
 
@@ -149,7 +150,7 @@ def test_a_cache_and_padding_are_refused_together():
 
 
 def test_the_claims_measure_sees_a_wrong_recurrence(monkeypatch):
-    assert _forms_apart(200) < 1e-5
+    assert forms_apart(200) < 1e-5
     right = DampedEMA.after
     monkeypatch.setattr(DampedEMA, "after", lambda self, x, state=None: 0.99 * right(self, x, state))
-    assert _forms_apart(200) > 1e-3
+    assert forms_apart(200) > 1e-3

@@ -9,7 +9,8 @@ from saccade import attention, masks
 from saccade.core.attend import weights
 from saccade.core.errors import SpecError
 from saccade.core.masks import Span
-from saccade.systems.sparse.minference import SPACE, MInference, Pattern, Patterns, search
+from saccade.systems.sparse._pattern_search import SPACE, search
+from saccade.systems.sparse.minference import MInference, Pattern, Patterns
 from test_system_flexprefill import draw
 
 torch.set_num_threads(1)

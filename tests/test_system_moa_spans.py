@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saccade import SpecError, attention, install
-from saccade.systems.sparse.moa_spans import Elastic, MoaSpans, cost, knapsack, profile, search, window
+from saccade.systems.sparse._span_plan import knapsack, profile, search
+from saccade.systems.sparse.moa_spans import Elastic, MoaSpans, cost, window
 from saccade.worlds.text import Answer, Example
 from test_masks import check_never_wrong, visible
 

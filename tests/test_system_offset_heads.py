@@ -9,7 +9,9 @@ import saccade
 from saccade import Attention, catalog
 from saccade.hosts.acts import Frame, run
 from saccade.study import laws
-from saccade.systems.explain.offset_heads import Displacement, OffsetHeads, offset_heads, sines, textures
+from saccade.systems.explain._patches import Displacement
+from saccade.systems.explain._textures import sines, textures
+from saccade.systems.explain.offset_heads import OffsetHeads, offset_heads
 
 torch.set_num_threads(1)
 
@@ -22,16 +24,18 @@ class Grid(nn.Module):
         self.saccade_heads, self.size = len(offsets), (columns, rows)
         self.offsets = torch.tensor(offsets).float()
 
-    def forward(self, x):
+    def heads(self, x):
         columns, rows = self.size
         y, z = torch.meshgrid(torch.arange(rows).float(), torch.arange(columns).float(), indexing="ij")
         place = torch.stack([z.flatten(), y.flatten()], -1)  # [N, 2]
         wanted = place + self.offsets[:, None]  # -|wanted - place|^2 as a product
         q = torch.cat([2 * wanted, -torch.ones(*wanted.shape[:2], 1)], -1)[None] * 20
         k = torch.cat([place, place.square().sum(-1, keepdim=True)], -1)[None, None].expand(1, len(wanted), -1, -1)
-        return run(
-            self, q.expand(len(x), -1, -1, -1), k.expand(len(x), -1, -1, -1), k.expand(len(x), -1, -1, -1), Frame()
-        )
+        return q.expand(len(x), -1, -1, -1), k.expand(len(x), -1, -1, -1)
+
+    def forward(self, x):
+        q, k = self.heads(x)
+        return run(self, q, k, k, Frame())
 
 
 def test_planted_heads_are_found():
@@ -46,6 +50,29 @@ def test_planted_heads_are_found():
     ]
     # In the middle a head's offset is the wanted one; at the edge it stays.
     assert heads[0].offset == pytest.approx((0.8, 0), abs=1e-3) and heads[4].distance == pytest.approx(0, abs=1e-3)
+
+
+class WithClassToken(Grid):
+    """The same heads, and before the patches a token that every query gives more weight than any patch."""
+
+    def heads(self, x):
+        q, k = super().heads(x)
+        most = (q @ k.mT).amax(-1, keepdim=True)
+        q, k = torch.cat([q, most + 1], -1), nn.functional.pad(k, (0, 1))
+        first = torch.zeros_like(k[:, :, :1])
+        first[..., -1] = 1
+        return torch.cat([q[:, :, :1], q], 2), torch.cat([first, k], 2)
+
+
+def test_tokens_that_are_no_patches_do_not_count():
+    model, system = WithClassToken([(1, 0), (0, 1), (0, 0)]), OffsetHeads(columns=5, prefix=1)
+    with system.apply(model) as watching:
+        model(torch.zeros(2, 1))
+    heads = system.heads(watching)
+    assert [(h.head, h.neighbour, h.share) for h in offset_heads(heads)] == [
+        (0, (1, 0), pytest.approx(1)), (1, (0, 1), pytest.approx(1)),
+    ]  # fmt: skip
+    assert heads[0].offset == pytest.approx((0.8, 0), abs=1e-3)
 
 
 def test_numbers_are_those_of_the_official_definition():

@@ -7,7 +7,8 @@ from saccade import attention, weights
 from saccade.core.errors import SpecError
 from saccade.nn import Encoder
 from saccade.study.laws import check
-from saccade.systems.explain.pattern_injection import Injected, PatternInjection, discover, follow, relevance
+from saccade.systems.explain._injected import Injected, follow
+from saccade.systems.explain.pattern_injection import PatternInjection, discover, relevance
 
 torch.set_num_threads(1)
 TOKENS = torch.tensor([[5, 6, 9, 5, 7, 6, 9, 5, 3, 4], [1, 1, 2, 3, 4, 9, 5, 6, 7, 8]])

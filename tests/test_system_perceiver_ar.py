@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import saccade
-from saccade.systems.latent.perceiver_ar import Network, PerceiverAR, rotate, sinusoids
+from saccade.systems.latent._perceiver import Network, rotate, sinusoids
+from saccade.systems.latent.perceiver_ar import PerceiverAR
 
 WIDTH, HEADS, LATENTS, N = 16, 2, 5, 12
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saccade.systems.score._points import area, covered, detour, exact, mixed, posed
-from saccade.systems.score.pointer_networks import PointerNetwork, PointerNetworks, Pointing
+from saccade.systems.score.pointer_networks import PointerNetworks, Pointing
 from saccade.worlds.geometry import hull, tour, triangulation
 
 torch.set_num_threads(1)
@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 def network(table=None, hidden=16):
     torch.manual_seed(0)
-    net = PointerNetwork(hidden, table).double()
+    net = PointerNetworks().model(hidden, table).double()
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(12)  # far from uniform
@@ -127,6 +127,6 @@ def test_it_learns_the_tour_of_three_points():
 
     held = posed(tour(3, "held"), 20)
     task = Task(lambda seed: mixed(tour, (3,), 16, seed), labelled, lambda: [held])
-    trained = compete({"net": lambda: PointerNetwork(24)}, task, Recipe(120, 1e-2, (0,))).models["net"][0]
+    trained = compete({"net": lambda: PointerNetworks().model(24)}, task, Recipe(120, 1e-2, (0,))).models["net"][0]
     assert exact(trained.solve(held[0], 4), held[1]) == 1
     assert PointerNetworks().model().encoder.hidden_size == 256

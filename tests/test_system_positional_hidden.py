@@ -8,7 +8,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from saccade import SpecError, Unsupported
 from saccade.study.hosted_laws import small_model, some_tokens
-from saccade.systems.llm.positional_hidden import PositionalHidden, positional_dims, positional_order
+from saccade.systems.llm._positional_dims import positional_dims, positional_order
+from saccade.systems.llm.positional_hidden import PositionalHidden
 
 torch.set_num_threads(1)
 

@@ -49,6 +49,14 @@ def test_credit():
     assert system.credit(before, alone, "coupled").tolist()[0][:2] == [2, 2]  # no preplan token before them
 
 
+def test_preplan_tokens_and_anchors_of_a_text():
+    """The last token changes to nothing: that it differs from the first counts for nothing."""
+    preplan, anchor = PreplanAnchor(top=0.2).chosen(
+        torch.tensor([[0.0, 0.0, 3.0, 3.0, 9.0]]), torch.tensor([[0.0, 0.0, 2.0, 0.0, 1.0]])
+    )
+    assert preplan.tolist() == [[0, 0, 0, 1, 0]] and anchor.tolist() == [[0, 0, 1, 0, 0]]
+
+
 def test_what_it_refuses():
     with pytest.raises(SpecError, match="near"):
         PreplanAnchor(near=9, far=3)

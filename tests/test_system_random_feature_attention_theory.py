@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from saccade import attention
 from saccade.study.laws import check
+from saccade.systems.theory._ridge import least_risk
 from saccade.systems.theory.random_feature_attention_theory import (
     HEADS,
     RandomFeatureAttentionTheory,
     features,
-    least_risk,
     sample,
 )
 
@@ -51,8 +51,21 @@ def test_risk_is_that_of_ridge_regression():
     assert best <= (plain - noise[40:]).square().mean() + 1e-6
 
 
+def explained(seen, y):
+    """Coefficients of least squares, which leaves nothing of y."""
+    seen, y = F.pad(seen.double(), (0, 1), value=1.0), y.double()
+    found = torch.linalg.lstsq(seen, y[:, None], driver="gelsd").solution[:, 0]
+    assert (seen @ found - y).abs().max() < 1e-4
+    return found[:-1]
+
+
 def test_targets_are_what_they_say():
+    """A direction of k, weighed by (q . k)²; and the square along a direction: one eigenvalue unlike all others."""
     q, k, y = sample(2000, "weighted")
     assert y.mean().abs() < 1e-5 and y.std() == pytest.approx(1, rel=1e-5)
     torch.testing.assert_close(torch.cat([q[:, None], k], 1).norm(dim=-1), torch.ones(2000, 17))
-    assert abs(torch.corrcoef(torch.stack([y, k.mean(1) @ torch.ones(16)]))[0, 1]) < 0.99
+    explained(((k @ q[:, :, None]) ** 2 * k).mean(1), y)
+    _, k, y = sample(2000, "average")
+    form = explained(torch.einsum("ski,skj->sij", k, k).flatten(1), y).view(16, 16)
+    eigenvalues = torch.linalg.eigvalsh(form)
+    assert eigenvalues[-2] - eigenvalues[0] < 1e-3 * (eigenvalues[-1] - eigenvalues[-2])

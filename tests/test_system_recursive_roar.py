@@ -10,7 +10,8 @@ from saccade.core.errors import SpecError
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.study.laws import check
 from saccade.systems.explain._classifier import Classifier, opinions
-from saccade.systems.explain.recursive_roar import Measure, RecursiveROAR, masked_more, racu
+from saccade.systems.explain._importance import Measure, of_classifier
+from saccade.systems.explain.recursive_roar import RecursiveROAR, masked_more, racu
 
 torch.set_num_threads(1)
 
@@ -45,29 +46,29 @@ def by_onehot(model, batch, scale=1.0):
 
 def test_gradients_are_by_onehot(model, batch):
     gradient, onehot = by_onehot(model, batch)
-    found = RecursiveROAR("gradient").importance(model, batch)
+    found = of_classifier(model, *batch, "gradient")
     assert torch.allclose(found, gradient.norm(dim=-1))
-    assert torch.allclose(RecursiveROAR("input x gradient").importance(model, batch), (gradient * onehot).sum(-1).abs())
+    assert torch.allclose(of_classifier(model, *batch, "input x gradient"), (gradient * onehot).sum(-1).abs())
 
 
 def test_integrated_gradient(model, batch):
     steps = [by_onehot(model, batch, s / 5) for s in range(1, 6)]
     wanted = (torch.stack([g for g, _ in steps]).mean(0) * steps[0][1]).sum(-1).abs()
-    assert torch.allclose(RecursiveROAR("integrated gradient", samples=5).importance(model, batch), wanted)
+    assert torch.allclose(of_classifier(model, *batch, "integrated gradient", 5), wanted)
 
 
 def test_one_token_integrates_to_its_logit(model):
     """Of a sentence of one word it is what the logit gains from an embedding of zero to the word's."""
     tokens, labels = torch.tensor([[40]]), torch.tensor([1])
-    found = RecursiveROAR("integrated gradient", samples=400).importance(model, (tokens, labels))
+    found = of_classifier(model, tokens, labels, "integrated gradient", 400)
     zero = torch.zeros(1, 1, 16, dtype=torch.float64)
     gain = (model.read(tokens).logits - model.read(tokens, embedded=zero).logits)[0, 1].abs()
     assert found.item() == pytest.approx(gain.item(), rel=1e-2)
 
 
 def test_attention_and_random(model, batch):
-    assert torch.equal(RecursiveROAR("attention").importance(model, batch), model.read(batch[0]).weights)
-    a, b = (RecursiveROAR("random").importance(model, batch) for _ in range(2))
+    assert torch.equal(of_classifier(model, *batch, "attention"), model.read(batch[0]).weights)
+    a, b = (of_classifier(model, *batch, "random") for _ in range(2))
     assert not torch.equal(a, b)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saccade import SpecError, attention
+from saccade.systems.sparse._online_means import OnlineMeans
 from saccade.systems.sparse.routing_transformer import Routing, RoutingTransformer
 
 torch.set_num_threads(1)
@@ -24,7 +25,7 @@ def test_equals_its_definition():
     q, v = inputs()
     spec = RoutingTransformer(clusters=3, window=9).build(4)
     out = attention(q, torch.randn_like(q), v, spec)  # the keys given are not looked at
-    x, means = normalized(q), spec.select.means.double()
+    x, means = normalized(q), spec.select.clusters.means.double()
     for b in range(2):
         for h in range(4):
             for i in range(24):
@@ -43,7 +44,7 @@ def test_online_means_are_moving_averages():
     spec = RoutingTransformer(clusters=3, window=9, decay=0.9, online=True).build(4)
     with torch.no_grad():
         attention(q, q, v, spec)
-    means = spec.select.means.double()
+    means = spec.select.clusters.means.double()
     sums, counts, x = means.clone(), torch.zeros(2, 3, dtype=torch.float64), normalized(q)[:, 2:]
     for _ in range(3):
         attention(q.requires_grad_(), q, v, spec)
@@ -54,7 +55,7 @@ def test_online_means_are_moving_averages():
                 sums[h, c] = 0.9 * sums[h, c] + 0.1 * x[:, h][nearest == c].sum(0)
             smooth = (counts[h] + 1e-5) / (counts[h].sum() + 3e-5) * counts[h].sum()
             means[h] = sums[h] / smooth[:, None]
-        torch.testing.assert_close(spec.select.means.double(), means, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(spec.select.clusters.means.double(), means, rtol=1e-4, atol=1e-4)
 
 
 def test_kmeans_finds_clusters():
@@ -63,10 +64,10 @@ def test_kmeans_finds_clusters():
     centers = normalized(torch.randn(2, 8, generator=source))
     which = torch.randint(2, (1, 1, 64), generator=source)
     x = normalized(centers[which] + 0.2 * torch.randn(1, 1, 64, 8, generator=source))
-    select = Routing(0, 2, 8, decay=0.5)
+    clusters = OnlineMeans(2, decay=0.5)
     for _ in range(30):
-        select.move(x)
-    cosine = torch.nn.functional.normalize(select.means[0], dim=-1) @ centers.T / math.sqrt(8)
+        clusters.move(x)
+    cosine = torch.nn.functional.normalize(clusters.means[0], dim=-1) @ centers.T / math.sqrt(8)
     assert sorted(cosine.argmax(-1).tolist()) == [0, 1]
     assert cosine.amax(-1).min() > 0.95
 
@@ -86,9 +87,9 @@ def test_means_stay_without_gradients_or_online():
         spec = RoutingTransformer(clusters=3, window=9, online=online).build(4)
         with torch.set_grad_enabled(not online):
             attention(q, q, v, spec)
-            before = spec.select.means.clone()
+            before = spec.select.clusters.means.clone()
             attention(q, q, v, spec)
-        assert torch.equal(before, spec.select.means)
+        assert torch.equal(before, spec.select.clusters.means)
 
 
 def test_refuses_no_clusters():

@@ -66,6 +66,7 @@ def test_complete_says_whether_the_union_is_the_past(heads, stride):
     assert system.complete(heads) == bool((union | ~torch.ones(64, 64).tril().bool()).all())
     assert system.complete(heads) == (heads >= stride)
     assert S2(stride=stride, dense_heads=1).complete(heads)
+    assert not S2(stride=4, kv_heads=2).complete(8)  # two shards
 
 
 def test_tiles_equal_dense_softmax_and_decoding_equals_prefill():

@@ -6,15 +6,8 @@ import torch
 
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.study.laws import check
-from saccade.systems.explain.saliency_verbalization import (
-    Said,
-    SaliencyVerbalization,
-    coverage,
-    guess,
-    prompt,
-    read,
-    read_prompt,
-)
+from saccade.systems.explain._sentences import Said, guess, prompt, read, read_prompt
+from saccade.systems.explain.saliency_verbalization import SaliencyVerbalization, coverage
 
 torch.set_num_threads(1)
 TEXT = ["i", "love", "this", "film", "and", "it", "is", "long"]

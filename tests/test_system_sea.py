@@ -10,7 +10,8 @@ from saccade import SpecError
 from saccade.hosts.replaced import read
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.study.laws import Work
-from saccade.systems.sparse.sea import Sea
+from saccade.systems.sparse._picture_lessons import distill, loss
+from saccade.systems.sparse.sea import Sea, attend
 
 torch.set_num_threads(1)
 
@@ -92,7 +93,7 @@ def test_picture_is_the_network_written_out():
 def test_output_is_the_shared_sparse_attention_and_the_mean():
     n = 40
     made, (q, k, v) = estimator(), inputs(n)
-    out = made.attend(q, k, v, 0.7)
+    out = attend(made, q, k, v, 0.7)
     scores, shares = made(0.7 * q, k, v)
     for b in range(2):
         mask = seen(scores[b])
@@ -108,7 +109,7 @@ def test_no_later_token_is_read():
     other = [x.clone() for x in (q, k, v)]
     for x in other:
         x[:, :, 40:] += 1
-    one, two = made.attend(q, k, v), made.attend(*other)
+    one, two = attend(made, q, k, v), attend(made, *other)
     torch.testing.assert_close(one[:, :, :40], two[:, :, :40])
     assert not torch.allclose(one[:, :, 40:], two[:, :, 40:])
 
@@ -132,7 +133,7 @@ def test_work_grows_with_the_length():
         made = Sea(16, 64, 2048, 2).make(HEADS, WIDTH)
         q, k, v = (x.float() for x in inputs(n, 1))
         with Work() as work:
-            made.attend(q, k, v)
+            attend(made, q, k, v)
         counts.append(work.count)
     assert counts[1] < 5 * counts[0]
 
@@ -142,10 +143,10 @@ def test_distilling_lowers_the_loss_and_changes_the_model_only_inside():
     system = Sea(4, 16, 64, 2)
     layer = read(model, tokens)[0]
     assert layer.k.shape[1] < layer.q.shape[1]
-    first = system.make(4, 8).loss(layer).item()
-    made = system.distill(model, [tokens] * 8, rate=1e-2)
+    first = loss(system.make(4, 8), layer).item()
+    made = distill(system, model, [tokens] * 8, rate=1e-2)
     assert sorted(made) == [0, 1]
-    assert made[0].loss(layer).item() < 0.9 * first
+    assert loss(made[0], layer).item() < 0.9 * first
     with torch.no_grad():
         plain = model(tokens, use_cache=False).logits
         with system.apply(model, made):
@@ -164,9 +165,9 @@ def test_loss_is_that_of_matrix_and_output():
         matrix = made.map(made(0.5 * q, k, v)[0])
         truth = (0.5 * q @ k.mT).masked_fill(torch.ones(20, 20).triu(1).bool(), -torch.inf).softmax(-1)
         apart = torch.where(truth > 0, truth * (truth.log() - matrix.log()), 0).sum() / (2 * HEADS * 20)
-        output = (made.attend(q, k, v, 0.5) - truth @ v).square().mean()
+        output = (attend(made, q, k, v, 0.5) - truth @ v).square().mean()
         wanted = 0.1 * apart + (matrix - truth).square().mean() + output
-    torch.testing.assert_close(made.loss(layer), wanted)
+    torch.testing.assert_close(loss(made, layer), wanted)
 
 
 def test_refuses_what_means_nothing():
@@ -174,4 +175,4 @@ def test_refuses_what_means_nothing():
         with pytest.raises(SpecError):
             estimator(**settings)
     with pytest.raises(SpecError, match="context of 400"):
-        estimator().attend(*inputs(401, 1))
+        attend(estimator(), *inputs(401, 1))

@@ -8,7 +8,8 @@ from saccade import Unsupported, catalog
 from saccade.study import laws
 from saccade.study.atlas import REACH
 from saccade.study.hosted_laws import small_model, some_tokens
-from saccade.systems.explain.secondary_sinks import SecondarySinks, Sink, planted
+from saccade.systems.explain._planted_sinks import planted
+from saccade.systems.explain.secondary_sinks import SecondarySinks, Sink
 
 torch.set_num_threads(1)
 
@@ -22,6 +23,7 @@ def marked(n=200):
 @torch.no_grad()
 def test_planted_sinks_have_their_levels_and_come_from_their_mlps():
     system, model, tokens = SecondarySinks(), planted(), marked()
+    attends = model.config._attn_implementation
     with system.apply(model) as watching:
         model(tokens)
     primary, secondary = system.sinks(watching)
@@ -29,6 +31,7 @@ def test_planted_sinks_have_their_levels_and_come_from_their_mlps():
     assert [(s.key, s.first, s.layers) for s in secondary] == [(20, 2, 3), (90, 3, 2)]
     assert all(s.score < primary.score for s in secondary)
     assert min(system.origins(model, tokens, primary, secondary)) > 0.98
+    assert model.config._attn_implementation == attends  # nothing watches any more
     # What the MLP of a layer that plants nothing adds to these tokens has no direction.
     assert system.origins(model, tokens, primary, [Sink(20, 4, 1, 0.0)]) == [pytest.approx(0, abs=1e-6)]
 

@@ -11,7 +11,8 @@ from saccade import SpecError, attention
 from saccade.core.masks import Causal, Span
 from saccade.hosts.handles import listen
 from saccade.study.hosted_laws import small_model
-from saccade.systems.sparse.seerattention import Gate, SeerAttention, distil
+from saccade.systems.sparse._gate_lessons import distil
+from saccade.systems.sparse.seerattention import Gate, SeerAttention
 
 torch.set_num_threads(1)
 THETA = 100.0

@@ -8,7 +8,8 @@ from saccade import SpecError, Unsupported, catalog
 from saccade.study import laws
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.systems.explain._heads import heads
-from saccade.systems.explain.sixteen_heads import SixteenHeads, importance, ranked, removed, right, spared
+from saccade.systems.explain._removed import removed
+from saccade.systems.explain.sixteen_heads import SixteenHeads, importance, ranked, right, spared
 
 torch.set_num_threads(1)
 

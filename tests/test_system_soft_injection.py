@@ -1,15 +1,12 @@
 """Soft injection: mixing head by head against whole tensors, embeddings by hand, and a mix that finds a planted one."""
 
-import random
-
 import pytest
 import torch
 
 from saccade.core.errors import SpecError
 from saccade.study.hosted_laws import small_model, some_tokens
 from saccade.study.laws import check
-from saccade.systems.llm.soft_injection import SHOTS, SoftInjection, accuracy, embed, learn, shown, tasks
-from saccade.worlds.text import decode
+from saccade.systems.llm.soft_injection import SoftInjection, accuracy, embed, learn
 
 torch.set_num_threads(1)
 
@@ -71,18 +68,6 @@ def test_a_planted_mix_is_found():
     found = learn(model, embeddings, (tokens, answers), steps=80)
     assert before < 0.5 and accuracy(model, tokens, answers, found) > 0.8
     assert found.mix.min() >= 0 and found.mix.max() <= 1 and found.mix[1].argmax() == 2
-
-
-def test_prompts_show_the_task():
-    found = tasks()
-    prompts, answers = shown(found["last"], SHOTS, 4, "seed")
-    for prompt, answer in zip(prompts, answers, strict=True):
-        *examples, asked = decode(prompt).split("\n")
-        assert len(examples) == SHOTS and all(x[:5][-1] == x[-1] and x[5:7] == ": " for x in examples)
-        assert asked[5:] == ": " and ord(asked[4]) == answer
-    rng = random.Random(0)
-    assert found["upper"](rng)[1].isupper() and {found["vowel"](rng)[1] for _ in range(50)} == {"y", "n"}
-    assert torch.equal(shown(found["same"], 0, 3, "a")[0][:, 1], shown(found["same"], 0, 3, "a")[1])
 
 
 def test_what_it_refuses():

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from saccade import attention, masks
 from saccade.core.attend import weights
 from saccade.core.masks import Span
-from saccade.systems.sparse.spargeattn import Int8, MeanSim, SpargeAttn, tune
+from saccade.systems.sparse import _threshold_tuning
+from saccade.systems.sparse._int8 import Int8
+from saccade.systems.sparse._threshold_tuning import tune
+from saccade.systems.sparse.spargeattn import MeanSim, SpargeAttn
 
 torch.set_num_threads(1)
 
@@ -109,7 +112,7 @@ def test_without_the_sink_a_row_may_see_nothing_and_gives_zeros():
 
 def test_int8_rounds_by_blocks_and_keeps_the_output():
     q, k, v = draw(500)
-    rough_q, rough_k = Int8().prepare(q, k)
+    rough_q, rough_k = Int8(128, 64).prepare(q, k)
     centered = k - k.mean(-2, keepdim=True)
     for found, exact, size in ((rough_q, q, 128), (rough_k, centered, 64)):
         for a, b in zip(found.split(size, 2), exact.split(size, 2), strict=True):
@@ -133,3 +136,17 @@ def test_tuning_stays_within_the_error_with_less_work():
         codes = masks.Causal().blocks(Span.grid(1024, 1024, 128, 64))[None, None]
         found[bound] = int((spec.select.choose(q, k, codes).blocks >= 0).sum())
     assert found[0.2] < found[0.02] <= 2 * int((codes > 0).sum())
+
+
+def test_tuning_takes_for_each_head_the_similarity_of_least_work(monkeypatch):
+    q, k, v = draw(1024)
+    codes = masks.Causal().blocks(Span.grid(1024, 1024, 128, 64))[None, None]
+
+    def work(similarities):
+        monkeypatch.setattr(_threshold_tuning, "GRID", similarities)
+        pair = tune(q, k, v, 0.1, steps=4)
+        return (MeanSim(*pair, True).choose(q, k, codes).blocks >= 0).sum((0, 2, 3)), pair[0]
+
+    each, (least, chosen) = torch.stack([work((s,))[0] for s in (0.2, 0.5, 0.9)]), work((0.2, 0.5, 0.9))
+    assert torch.equal(least, each.amin(0)) and (each.amax(0) > least).all()
+    assert chosen == [(0.2, 0.5, 0.9)[i] for i in each.argmin(0)]

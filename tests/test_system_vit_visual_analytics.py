@@ -8,10 +8,13 @@ import transformers as tf
 
 import saccade
 from saccade import Attention, catalog
+from saccade.core.edits import Zero
 from saccade.core.errors import SpecError
 from saccade.study import laws
+from saccade.systems.explain._heads import edited
+from saccade.systems.explain._patches import Hops, grid
 from saccade.systems.explain._patterns import clusters, learned
-from saccade.systems.explain.vit_visual_analytics import Hops, VitVisualAnalytics, changes, says, zeroed
+from saccade.systems.explain.vit_visual_analytics import VitVisualAnalytics, changes, says
 
 torch.set_num_threads(1)
 
@@ -52,7 +55,7 @@ def test_pruning_is_that_of_the_projections_columns(model, pictures):
             float((before.argmax(1) != after.argmax(1)).float().mean()),
         ], abs=1e-6,
     )  # fmt: skip
-    with zeroed(model, [head]):
+    with edited(model, Zero(), [head]):
         assert torch.allclose(says(model, pictures), after, atol=1e-6)
     assert torch.equal(says(model, pictures), before)
 
@@ -118,6 +121,8 @@ def test_what_cannot_be_done_is_refused(model, pictures):
         VitVisualAnalytics().report(model, pictures[:1], torch.tensor([0]))
     with pytest.raises(SpecError, match="part is one of whole, class, patches"):
         VitVisualAnalytics().importance(model, pictures, torch.zeros(6, dtype=torch.long), "half")
+    with pytest.raises(SpecError, match="no grid of 4 columns"):
+        grid(25, 4)
 
 
 def test_so_it_is_for_another_kind_with_two_tokens_before_its_patches(pictures):

@@ -11,7 +11,8 @@ import saccade
 from saccade import catalog
 from saccade.study import laws
 from saccade.study.trainer import Setup
-from saccade.systems.core.flexattention import FlexAttention, published
+from saccade.systems.core._published import published
+from saccade.systems.core.flexattention import FlexAttention
 from saccade.systems.score.alpha_entmax import AlphaEntmax
 from saccade.systems.score.cog import Cog, layered
 from saccade.systems.score.sigmoid import Sigmoid

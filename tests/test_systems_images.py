@@ -11,9 +11,10 @@ from saccade import catalog
 from saccade.core.errors import SpecError, Unsupported
 from saccade.study import laws
 from saccade.systems.explain._convolutional import covering, enlarged, network, pictures, pointing
+from saccade.systems.explain._lime import lime
 from saccade.systems.explain._scans import autoencoder, classifier, located, scans
 from saccade.systems.explain.acat import ACAT
-from saccade.systems.explain.layer_masking import LayerMasking, filled, lime
+from saccade.systems.explain.layer_masking import LayerMasking, filled
 from saccade.systems.explain.normgrad import NormGrad, saliency, stretched
 from saccade.systems.explain.salient_relevance import SalientRelevance
 
@@ -37,7 +38,8 @@ def test_pointing_is_at_the_greatest_place_and_enlarging_keeps_it():
     masks[:, 4:6, 2:4] = True
     maps = torch.zeros(2, 4, 4)
     maps[0, 2, 1] = maps[1, 0, 3] = 1
-    assert pointing(enlarged(maps, (8, 8)), masks).tolist() == [True, False]
+    assert pointing(maps, masks).tolist() == [1, 0]
+    assert enlarged(maps, (8, 8)).flatten(1).argmax(1).tolist() == [4 * 8 + 2, 7]
 
 
 def test_pictures_show_the_shape_where_the_mask_says():
@@ -252,6 +254,25 @@ def test_lime_finds_the_squares_that_a_planted_model_counts():
     assert covering(squares[None], wanted[None]).tolist() == [1]
 
 
+def test_lime_is_a_weighted_ridge_with_an_intercept():
+    """The kernel by the share of squares that are seen, the intercept as a column that is not penalized."""
+    seen = {}
+
+    def says(pixels, masks):
+        seen["on"] = masks[:, ::4, ::4].flatten(1).double()
+        logits = torch.stack([seen["on"] @ torch.linspace(-0.1, 0.2, 64).double(), torch.zeros(len(masks)).double()], 1)
+        seen["said"] = logits.softmax(1)[:, 0]
+        return logits.float()
+
+    found = lime(says, torch.zeros(3, 32, 32), 0)[::4, ::4].flatten().double()
+    weights = (-(1 - seen["on"].mean(1).sqrt()).square() / 0.25**2 / 2).exp()[:, None]
+    x = nn.functional.pad(seen["on"], (0, 1), value=1)
+    penalty = torch.ones(65).double()
+    penalty[-1] = 0
+    wanted = torch.linalg.solve(x.T @ (weights * x) + penalty.diag(), x.T @ (weights[:, 0] * seen["said"]))[:-1]
+    assert torch.allclose(found, wanted, atol=1e-5) and found.abs().max() > 1e-3
+
+
 # ---- acat ----
 
 
@@ -263,6 +284,7 @@ def test_one_step_without_an_autoencoder_is_along_the_gradient():
     model[1].weight.data = weights.flatten(1)
     pixels = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     picture, saliency = ACAT(1, 6.0, 0.0).counterfactual(model, nn.Identity(), nn.Identity(), pixels)
+    assert not pixels.requires_grad
     assert torch.allclose(saliency, (weights[1] / 4).expand(3, -1, -1), atol=1e-5)
     assert torch.allclose((picture - pixels).flatten(1).norm(dim=1), torch.tensor(6.0))
     assert (model(pixels).argmax(1) == 1).all() and (model(picture).argmax(1) == 0).all()

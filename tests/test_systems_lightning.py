@@ -9,10 +9,11 @@ from torch.testing import assert_close
 
 from saccade import linear_attention
 from saccade.nn.backbones import Place
+from saccade.study.probes import decoding_errors
 from saccade.systems.linear import _lightning
 from saccade.systems.linear.lightning import Lightning
 from saccade.systems.linear.lightning_2 import Lightning2
-from saccade.systems.linear.transnormerllm import LRPE, TransNormerLLM, decoding_errors
+from saccade.systems.linear.transnormerllm import LRPE, TransNormerLLM
 
 WIDTH, HEADS, N = 24, 4, 70
 
@@ -118,7 +119,7 @@ def test_lrpe_keeps_late_positions_apart_in_bfloat16():
 
 
 def test_decoding_in_low_precision_stays_near():
-    early, late = decoding_errors(layer_at(TransNormerLLM(), 0), 256)
+    early, late = decoding_errors(layer_at(TransNormerLLM(), 0), WIDTH, 256)
     assert 1e-4 < early < 0.05 and 1e-4 < late < 0.05
 
 

@@ -273,6 +273,15 @@ def test_mae_of_a_uniform_gate_is_multi_head_attention():
     torch.testing.assert_close(layer(x), plain_copy(layer)(x))
 
 
+def test_mae_attends_to_a_context_where_nothing_goes_on_with_the_stream():
+    layer, x = made(MAEHeads(causal=False))
+    layer.eval()
+    torch.testing.assert_close(layer(x[:, :5], x), layer(x)[:, :5])
+    for refused, cache in ((made(MAEHeads())[0], None), (layer, layer.cache())):
+        with pytest.raises(SpecError, match="causal=False and no cache"):
+            refused(x[:, :5], x, cache=cache)
+
+
 def test_mae_draws_one_expert_for_each_input_as_often_as_the_gate_says():
     layer, x = made(MAEHeads(causal=False))
     layer.eval().drawn = True

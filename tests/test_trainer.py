@@ -182,7 +182,7 @@ def test_means_that_a_mechanism_moves_are_kept(tmp_path, monkeypatch):
     interrupted(TINY, build, 3, tmp_path / "x", monkeypatch)
     model = trainer.tiny(TINY, build, 0)
     assert trainer.fit(model, trainer.language(TINY), TINY, 0, file=tmp_path / "x") == score
-    means = [dict(m.named_buffers())["stack.blocks.0.attention.spec.select.means"] for m in (model, whole)]
+    means = [dict(m.named_buffers())["stack.blocks.0.attention.spec.select.clusters.means"] for m in (model, whole)]
     assert torch.equal(*means)
 
 
@@ -237,6 +237,23 @@ def learns(contestants, make, better_than, steps=80):
     for name in contestants:
         assert result.mean(name) > better_than, result.numbers()
     assert set(result.numbers()) == {f"accuracy_{name}" for name in contestants}
+
+
+def test_a_model_trained_by_a_closure_takes_adams_steps():
+    """Of a loss whose gradient is the same at every step, each step of Adam is as long as the rate of that step."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    model.weight.data.fill_(0.0)
+    seen: list[float] = []
+
+    def loss() -> torch.Tensor:
+        seen.append(model.weight.item())
+        return -7 * model.weight.sum()  # clipped to 1
+
+    trainer.train(model, loss, 200, 0.5)
+    steps = torch.tensor(seen).diff()
+    assert steps[:40].tolist() == pytest.approx([0.5 * (i + 1) / 50 for i in range(40)], rel=1e-4)
+    falls = [0.5 * (0.55 + 0.45 * math.cos(math.pi * i / 200)) for i in range(70, 199)]
+    assert steps[70:].tolist() == pytest.approx(falls, rel=1e-4)
 
 
 def test_classification_of_sequences():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saccade.worlds.batches import batch
-from saccade.worlds.relational import EMPTY, SETS, TASKS, Game, games, images, patches, shapes, vectors
+from saccade.worlds.relational import EMPTY, SETS, TASKS, Game, games, images, patches, pictures, shapes, vectors
 from streams import assert_streams
 
 
@@ -109,3 +109,9 @@ def test_one_seed_names_one_stream_and_settings_are_checked() -> None:
         assert_streams(lambda seed, task=task: games(task, seed))
     with pytest.raises(ValueError, match=r"expected a task of .*'between', .*got 'differs'"):
         next(games("differs", 0))
+
+
+def test_pictures_are_the_games_in_order():
+    (given, first), (_, second) = islice(pictures("between", 3, 4), 2)
+    same = batch(islice(games("between", 3), 8), 8)
+    assert torch.equal(given, images(same)[:4]) and torch.equal(torch.cat([first, second]), same.answer)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saccade.worlds.batches import drawn
 from saccade.worlds.recall import KEYS, WORLDS, aggregation, copy, lookup, needle, passkey, recall, tracking
 from saccade.worlds.text import BOS, decode, encode, heldout, text
 
@@ -208,6 +209,14 @@ def test_text_is_a_window_of_the_heldout_prose(length: int, seed: int) -> None:
     example = next(text(length, seed))
     assert example.tokens.shape == (length,) and example.answers == ()
     assert decode(example.tokens).encode() in heldout()
+
+
+def test_rows_are_drawn_together_and_by_the_seed() -> None:
+    numbers = torch.arange(50)
+    first, again, other = (list(islice(drawn((numbers, numbers.float() ** 2), 8, seed), 3)) for seed in (1, 1, 2))
+    for (x, y), (same, _) in zip(first, again, strict=True):
+        assert x.shape == (8,) and torch.equal(x.float() ** 2, y) and torch.equal(x, same)
+    assert not torch.equal(first[0][0], first[1][0]) and not torch.equal(first[0][0], other[0][0])
 
 
 def test_heldout_is_plain_prose_with_its_licence() -> None:

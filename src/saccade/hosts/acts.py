@@ -16,21 +16,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core.attend import attention
 from ..core.edits import Dropout, Edit, OnHeads
 from ..core.errors import SpecError, Unsupported
+from ..core.linear import LinearAttention
 from ..core.masks import Full, as_mask
 from ..core.normalizers import Softmax
 from ..core.scores import Bias, Dot, SoftCap
 from ..core.spec import Attention
 from ..core.stats import Stat
+from . import linear
 from .regions import Names
 from .views import View
 
 STATE = "_saccade_acts"
 
-Program = Attention | Callable[[int, int], Attention]
+Spec = Attention | LinearAttention
+Program = Spec | Callable[[int, int], Spec]
+Programs = list[tuple[tuple[int, ...] | None, Attention]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +137,12 @@ class Act:
 
     site: Site
     heads: tuple[int, ...] | None = None
-    program: Attention | None = None
+    program: Spec | None = None
     edits: Sequence[Edit] = ()
     stats: Sequence[Stat] = ()
     see: Callable[[Call, dict[str, Any]], None] | None = None
     names: Names | None = None  # what the names of its regions mean
+    hook: RemovableHandle | None = None  # looks at a linear program's cache before it grows
 
 
 _NOWHERE = Site("", 0, frozenset(), 0, nn.Identity())
@@ -149,17 +155,18 @@ class Acts:
     site: Site
     acts: list[Act] = field(default_factory=list)
     combined: dict[Any, Attention] = field(default_factory=dict)
+    before: linear.Known | None = None  # of the keys that this call's cache already held
 
-    def programs(self) -> list[tuple[tuple[int, ...] | None, Attention]]:
+    def programs(self) -> list[tuple[tuple[int, ...] | None, Spec]]:
         """Programs by head: the first for all heads, later ones for those they name."""
-        found: list[tuple[tuple[int, ...] | None, Attention]] = [(None, Attention())]
+        found: list[tuple[tuple[int, ...] | None, Spec]] = [(None, Attention())]
         for act in self.acts:
             if act.program is not None:
                 found = [*found, (act.heads, act.program)] if act.heads is not None else [(None, act.program)]
         return found
 
-    def ran(self, call: Call) -> list[tuple[tuple[int, ...] | None, Attention]]:
-        """The same as they ran in a call: with all edits, inside the model's frame."""
+    def ran(self, call: Call) -> Programs:
+        """The same as they ran in a call: with all edits, inside the model's frame, linear ones by their weights."""
         keys = call.k.shape[2]
         return [(heads, self.whole(p, i, call.frame, keys)) for i, (heads, p) in enumerate(self.programs())]
 
@@ -171,12 +178,23 @@ class Acts:
                 found.append(edit if act.heads is None else OnHeads(edit, act.heads))
         return found
 
-    def whole(self, program: Attention, index: int, frame: Frame, keys: int) -> Attention:
+    def keep(self, program: LinearAttention, frame: Frame) -> Tensor | None:
+        """Which keys a linear program takes for tokens, if it can run inside the model's frame."""
+        key = None if frame.name is None else ("own", frame.name)
+        own = self.combined.get(key) or frame.combine(Attention())
+        if key is not None:
+            self.combined[key] = own
+        return linear.sight(own, program, self.site.path or type(self.site.module).__name__)
+
+    def whole(self, program: Spec, index: int, frame: Frame, keys: int) -> Attention:
         """A program with all edits inside the model's frame."""
         named = any(act.names is not None for act in self.acts)
         key = None if frame.name is None or named else (index, frame.name)
         if key is not None and key in self.combined:
             return self.combined[key]
+        if isinstance(program, LinearAttention):
+            self.keep(program, frame)
+            program = linear.weighed(program)
         spec = frame.combine(program)
         edits = self.edits(keys)
         if edits:
@@ -194,6 +212,8 @@ def add(act: Act) -> None:
     acts = act.site.module.__dict__.setdefault(STATE, Acts(act.site))
     acts.acts.append(act)
     acts.combined.clear()
+    if isinstance(act.program, LinearAttention):
+        act.hook = act.site.module.register_forward_pre_hook(_look_before, with_kwargs=True)
 
 
 def drop(act: Act) -> None:
@@ -201,8 +221,15 @@ def drop(act: Act) -> None:
     acts = act.site.module.__dict__[STATE]
     acts.acts.remove(act)
     acts.combined.clear()
+    if act.hook is not None:
+        act.hook.remove()
     if not acts.acts:
         del act.site.module.__dict__[STATE]
+
+
+def _look_before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before a module adds its keys to a cache of transformers: the states after those that are there."""
+    module.__dict__[STATE].before = linear.known_in(kwargs.get("past_key_values"), getattr(module, "layer_idx", None))
 
 
 def at_work(module: nn.Module) -> bool:
@@ -214,7 +241,9 @@ def at_work(module: nn.Module) -> bool:
 def narrows(module: nn.Module) -> bool:
     """Does a program at this module have a mask?"""
     acts: Acts | None = module.__dict__.get(STATE)
-    return acts is not None and any(not isinstance(program.mask, Full) for _, program in acts.programs())
+    return acts is not None and any(
+        isinstance(program, Attention) and not isinstance(program.mask, Full) for _, program in acts.programs()
+    )
 
 
 def run(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, frame: Frame, looker: Looker | None = None) -> Tensor:
@@ -233,12 +262,18 @@ def run(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, frame: Frame, looker
         own = act.stats if act.names is None else [act.names.bind(s, keys) for s in act.stats]
         stats += [_labelled(s, f"{i}/{s.label}") for s in own]
     stats += looker.stats if looker is not None else ()
+    by_weights = bool(stats) or any(act.edits for act in acts.acts)
+    before, acts.before = acts.before, None
     out: Tensor | None = None
     seen: dict[str, Any] = {}
     for index, (heads, program) in enumerate(acts.programs()):
-        spec = acts.whole(program, index, frame, keys)
-        found = attention(q, k, v, spec, stats=stats, offset=frame.offset)
-        mine, looked = found if stats else (found, {})
+        if isinstance(program, LinearAttention) and not by_weights:
+            mine, looked = linear.run(program, q, k, v, acts.keep(program, frame), frame.offset, before), {}
+        else:
+            spec = acts.whole(program, index, frame, keys)
+            found = attention(q, k, v, spec, stats=stats, offset=frame.offset)
+            mine, looked = found if stats else (found, {})
+            mine = mine.to(q.dtype)  # the features of a linear program are wider
         if heads is None:
             out, seen = mine, looked
         else:

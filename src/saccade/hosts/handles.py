@@ -9,10 +9,11 @@ from torch import nn
 
 from ..core.edits import as_edit
 from ..core.errors import SpecError
+from ..core.linear import LinearAttention
 from ..core.spec import Attention
 from ..core.stats import check_names
 from . import acts
-from .acts import Act, Call, Program, Site
+from .acts import Act, Call, Program, Site, Spec
 from .regions import Names, names
 
 
@@ -126,6 +127,8 @@ def install(model: nn.Module, program: Program, *, layers: Any = None, heads: An
         program: a :class:`saccade.Attention`, or ``f(layer, heads) -> Attention``. It narrows what the model itself
             allows: the model's masks, padding, scale, soft cap, sinks and position bias stay. Masks of the program
             count from each text's first token; scores, edits and selectors count the keys that are there.
+            Also a :class:`saccade.LinearAttention`, as causal as the layer, where the model has no other mask than
+            that and padding, and no soft cap, sinks or bias. It has its own scale in place of the model's.
         layers: a number (negative: from the end), several, a slice, a pattern of module paths, or a function of a
             site; all if not given.
         heads: an int, several, or a slice; all if not given.
@@ -139,8 +142,11 @@ def install(model: nn.Module, program: Program, *, layers: Any = None, heads: An
         SpecError: the program or the model is of the wrong kind, or the selectors name nothing (with what there is).
         Unsupported: this model cannot run programs; the message says why.
     """
-    if not isinstance(program, Attention) and not callable(program):
-        raise SpecError(f"program must be a saccade.Attention or f(layer, heads); got {type(program).__name__}")
+    if not isinstance(program, (Attention, LinearAttention)) and not callable(program):
+        raise SpecError(
+            "program must be a saccade.Attention, a saccade.LinearAttention or f(layer, heads); got"
+            f" {type(program).__name__}"
+        )
     return Handle(model, layers, heads, kind, lambda site: {"program": resolve(program, site)})
 
 
@@ -207,11 +213,15 @@ def lead(model: nn.Module) -> Handle:
     return Handle(model, None, None, None, lambda site: {})
 
 
-def resolve(program: Program, site: Site) -> Attention:
+def resolve(program: Program, site: Site) -> Spec:
     """The program for a site."""
-    found = program if isinstance(program, Attention) else program(site.layer, site.heads)
-    if not isinstance(found, Attention):
-        raise SpecError(f"the program for layer {site.layer} must be a saccade.Attention; got {type(found).__name__}")
+    kinds = (Attention, LinearAttention)
+    found = program if isinstance(program, kinds) else program(site.layer, site.heads)
+    if not isinstance(found, kinds):
+        raise SpecError(
+            f"the program for layer {site.layer} must be a saccade.Attention or a saccade.LinearAttention; got"
+            f" {type(found).__name__}"
+        )
     return found
 
 

@@ -21,6 +21,7 @@ from ..core.spec import Attention
 from . import acts
 from .acts import Call, Frame, Looker, Program, Site, inside
 from .handles import listen, resolve
+from .linear import weighed
 from .views import View
 
 NAME = "saccade"
@@ -232,7 +233,7 @@ def output_errors(model: nn.Module, program: Program) -> Iterator[dict[int, floa
     def compare(call: Call) -> None:
         path = call.site.path
         if path not in programs:
-            programs[path] = resolve(program, call.site)
+            programs[path] = weighed(resolve(program, call.site))
         out = attention(call.q, call.k, call.v, call.frame.combine(programs[path]), offset=call.frame.offset)
         dense = call.out.double()
         errors[call.site.layer] = float((out.double() - dense).norm() / dense.norm())

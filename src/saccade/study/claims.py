@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import hashlib
 import inspect
@@ -40,7 +41,7 @@ class ClaimResult:
     versions: dict[str, str]
     command: str
     measured: str = ""  # the day
-    source: str = ""  # a hash of the system's file as it was then
+    source: str = ""  # a hash of the system's file, and of what it has in its family, as they were then
 
 
 def run(system_cls: type[System], out: Path | str | None = None) -> ClaimResult:
@@ -109,7 +110,16 @@ def refresh(
 
 
 def _source(system: type[System]) -> str:
-    return hashlib.sha256(Path(inspect.getfile(system)).read_bytes()).hexdigest()[:12]
+    """A hash of the system's file and of what it has in its family: ``from ._part import ...``, and so on."""
+    waiting, files = [Path(inspect.getfile(system))], dict[Path, bytes]()
+    while waiting:
+        if (path := waiting.pop()) not in files:
+            files[path] = path.read_bytes()
+            parts = (node.module for node in ast.walk(ast.parse(files[path]))
+                     if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module)  # fmt: skip
+            waiting += [path.with_name(f"{part}.py") for part in parts]
+    own, *others = files
+    return hashlib.sha256(b"".join(files[path] for path in [own, *sorted(others)])).hexdigest()[:12]
 
 
 def ledger(folder: Path | str | None = None) -> dict[str, ClaimResult]:

@@ -1,4 +1,4 @@
-"""Measuring: time with its spread, peak memory of a call, bytes that a cache holds, error of the attention output."""
+"""Measuring: time with its spread, peak memory, bytes of a cache, operations of attention, error of its output."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.spec import Attention
 from ..hosts.acts import Program
 from ..hosts.transformers import output_errors
 
@@ -129,6 +130,25 @@ def cache_bytes(cache: Any) -> int:
 
     look(cache)
     return sum(storages.values())
+
+
+def attention_work(model: nn.Module, *inputs: Tensor) -> int:
+    """Operations of the products of scores and of values in every attention of a model, hidden pairs included."""
+    total = 0
+
+    def count(spec: nn.Module, given: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+        nonlocal total
+        q, k, v = given
+        total += 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+    hooks = [part.register_forward_hook(count) for part in model.modules() if isinstance(part, Attention)]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
 
 
 @torch.no_grad()

@@ -73,3 +73,17 @@ def svg(figure: Any, legend_of: Any, title: str, words: str) -> dict[str, str]:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1)
     start = svg.index(">", svg.index("<svg")) + 1
     return {"title": title, "words": words, "svg": svg[:start] + told_words + svg[start:]}
+
+
+def matrices(found: Sequence[Any], names: Sequence[str], title: str, words: str) -> dict[str, str]:
+    """Tensors ``[rows, columns]`` in shades of their own, four beside each other, each under its name; as :func:`svg`.
+
+    Names without a matrix are left out.
+    """
+    drawn, axes = figure(-(-len(found) // 4), 4)
+    for axis, matrix, name in zip(axes, found, names, strict=False):
+        axis.imshow(matrix.tolist(), aspect="auto")
+        axis.set_title(name)
+    for axis in axes[len(found) :]:
+        axis.set_visible(False)
+    return svg(drawn, axes[0], title, words)

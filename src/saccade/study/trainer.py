@@ -4,6 +4,7 @@
     Task          batches of a world, the loss of a model on one, and what a model is judged by
     Recipe        steps, learning rate, seeds
     compete       trains every contestant on every seed; Comparison: their scores, paired by seed
+    train         a single model by Adam, its data in the hands of the caller
 
 :func:`compare` does that for the language model that most claims about training use: what differs between its
 contestants is the attention program alone.
@@ -131,6 +132,25 @@ def fit(
         return judge(model, task)
 
 
+def train(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, last: float = 0.1) -> None:
+    """Train a model in place: Adam, a warm-up of 50 steps, a cosine to a share of the rate, gradients clipped at 1.
+
+    Args:
+        loss: that of a fresh batch.
+        last: the share.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, last + (1 - last) * (1 + math.cos(math.pi * step / steps)) / 2)
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
 @torch.no_grad()
 def judge(model: nn.Module, task: Task) -> float:
     """The score of a model: the mean of the task's measure over the held batches."""
@@ -144,6 +164,16 @@ class Excess(NamedTuple):
 
     mean: float
     error: float
+
+    @property
+    def above(self) -> bool:
+        """Is the mean above 0 by more than two standard errors?"""
+        return self.mean > 2 * self.error
+
+    @property
+    def below(self) -> bool:
+        """Is the mean below 0 by more than two standard errors?"""
+        return self.mean < -2 * self.error
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""What generated worlds share: examples as one batch, labelled sequences, settings checked at the border."""
+"""What worlds share: examples as one batch, batches of what is held, labelled sequences, settings checked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
@@ -40,6 +40,14 @@ def _stack(rows: list[Tensor], pad: int) -> Tensor:
     for into, row in zip(stacked, rows, strict=True):
         into[tuple(slice(n) for n in row.shape)] = row
     return stacked
+
+
+def drawn(columns: Sequence[Tensor], size: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """Endless batches of ``size`` rows of tensors that are held, ``[S, ...]`` each, drawn with replacement."""
+    source = torch.Generator().manual_seed(seed)
+    while True:
+        some = torch.randint(len(columns[0]), (size,), generator=source)
+        yield tuple(column[some] for column in columns)
 
 
 def expect(world: str, name: str, value: float, least: float, most: float | None = None) -> None:

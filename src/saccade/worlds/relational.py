@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .batches import batch
 
-__all__ = ["EMPTY", "SETS", "TASKS", "Game", "batch", "games", "images", "patches", "shapes", "vectors"]
+__all__ = ["EMPTY", "SETS", "TASKS", "Game", "batch", "games", "images", "patches", "pictures", "shapes", "vectors"]
 
 EMPTY = -1
 LEVELS = (64, 144, 192)  # of 255, of red, green and blue; all but the darkest and the brightest grey
@@ -116,6 +116,14 @@ def images(game: Game, objects: ObjectSet = "pentos") -> Tensor:
     """The whole grid: float32 [..., 3, 36, 36]."""
     cells = patches(game, objects).unflatten(-4, (3, 3))  # row, column, colour, y, x
     return cells.movedim((-5, -4), (-4, -2)).flatten(-4, -3).flatten(-2, -1)
+
+
+def pictures(task: Task, seed: int | str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of whole grids of pentos [size, 3, 36, 36] and their answers [size]."""
+    stream = games(task, seed)
+    while True:
+        given = batch(stream, size)
+        yield images(given), given.answer
 
 
 def vectors(game: Game, dim: int, objects: ObjectSet = "pentos") -> Tensor:

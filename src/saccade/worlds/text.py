@@ -39,6 +39,14 @@ def heldout() -> bytes:
     return (Path(__file__).parent / "data" / "heldout.txt").read_bytes()
 
 
+@cache
+def manual() -> bytes:
+    """Python's reference manual as the interpreter carries it (ASCII): the embedded models read the like."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values()).encode("ascii", errors="ignore")
+
+
 def encode(page: bytes | bytearray) -> Tensor:
     """Bytes to tokens: int64 [1 + len(page)], BOS first."""
     return torch.tensor([BOS, *page], dtype=torch.int64)

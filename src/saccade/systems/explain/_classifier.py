@@ -1,9 +1,4 @@
-"""A text classifier with one attention over a recurrent encoder, and sentences of which we know what words decide.
-
-A sentence of the grammar has an opinion if its adjectives do not balance: those of even number praise, the others
-blame, and in a scene with the adverb of number 0 ("not") each tells the other way. Their sum is the label; the
-adjectives and that adverb are the evidence, all other words are not.
-"""
+"""Small text classifiers: one attention over a recurrent encoder, or a BERT; and the opinions they are trained on."""
 
 from __future__ import annotations
 
@@ -16,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...worlds.grammar import ROLES, Sentence, Sizes, batch, grammar, words
+from ...worlds import opinions as world
+from ...worlds.grammar import words
+from ...worlds.opinions import SIZES
 
-SIZES = Sizes(nouns=20, adjectives=24, verbs=16, adverbs=3)
 MASK = len(words(SIZES))
 """The token that stands for one taken away; 0 is padding."""
 VOCABULARY = MASK + 1
@@ -77,6 +73,30 @@ class Classifier(nn.Module):
         return lambda embedded: self.read(tokens, embedded=embedded).logits
 
 
+class Logits(nn.Module):
+    """A text classifier of transformers as a function of tokens alone, 0 being padding."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``[B, classes]``."""
+        return self.model(tokens, attention_mask=(tokens != 0).long()).logits
+
+
+def bert(vocabulary: int, classes: int, layers: int, **settings: Any) -> Logits:
+    """A small, fresh BERT that classifies by the first token; ``settings`` are transformers'."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **settings,
+    )  # fmt: skip
+    config.num_labels = classes
+    return Logits(BertForSequenceClassification(config))
+
+
 def cross_entropy(model: Classifier, batch: tuple[Tensor, ...]) -> Tensor:
     """Of the labels ``[B]``, which come second in a batch, after the tokens."""
     return F.cross_entropy(model(batch[0]), batch[1])
@@ -87,68 +107,12 @@ def objective(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
     return model.objective(model, batch)
 
 
-def gradient(logits: Callable[[Tensor], Tensor], embedded: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of the labels' logits ``[B, classes]`` by embeddings ``[B, N, width]``, of which they are a function."""
-    at = embedded.detach().requires_grad_()
-    with torch.enable_grad():
-        return torch.autograd.grad(logits(at).gather(1, labels[:, None]).sum(), at)[0]
-
-
-def integrated(logits: Callable[[Tensor], Tensor], embedded: Tensor, labels: Tensor, samples: int = 20) -> Tensor:
-    """Integrated gradients from embeddings of zero (arXiv:1703.01365), signed, ``[B, N]``; Captum's."""
-    from captum.attr import IntegratedGradients
-
-    # One step at a time, since ``logits`` knows these sentences' lengths.
-    found = IntegratedGradients(logits).attribute(
-        embedded.detach(), target=labels, n_steps=samples, method="riemann_right", internal_batch_size=len(embedded)
-    )
-    return found.sum(-1)
-
-
-def importance(model: Classifier, tokens: Tensor) -> Tensor:
-    """Gradient importance ``[B, N]``: length of the gradient of the likeliest class's logit by each embedding."""
-    return gradient(model.of_embeddings(tokens), model.embed(tokens), model(tokens).argmax(-1)).norm(dim=-1)
-
-
-def correlation(model: Classifier, tokens: Tensor) -> Tensor:
-    """Pearson's correlation of attention weights and gradient importance over a sentence's words, mean over them."""
-    keep = (tokens != 0).double()
-    with torch.no_grad():
-        pair = [model.read(tokens).weights.double(), importance(model, tokens).double()]
-    a, b = ((x - (x * keep).sum(1, True) / keep.sum(1, True)) * keep for x in pair)
-    return F.cosine_similarity(a, b, dim=1).mean()
-
-
 def opinions(seed: int | str, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless batches: tokens ``[size, N]``, labels ``[size]`` (1: praise) and evidence, bool ``[size, N]``."""
-    source = (sentence for sentence in grammar(seed, SIZES) if bool(opinion(sentence)))
+    """Endless batches: tokens ``[size, N]``, labels ``[size]`` and evidence, bool ``[size, N]``."""
+    stream = world.opinions(seed)
     while True:
-        chosen = list(islice(source, size))
-        together: Sentence = batch(iter(chosen), size)
-        labels = torch.tensor([int(opinion(sentence) > 0) for sentence in chosen])
-        yield together.tokens, labels, decisive(together.tokens)
-
-
-def opinion(sentence: Sentence) -> int:
-    """Praise less blame."""
-    signs = _signs()[sentence.tokens]
-    turned = (sentence.scenes & (sentence.tokens == words(SIZES)["adv0"])).any(1)
-    scene = sentence.scenes & (sentence.roles == ROLES.index("amod"))
-    return int((signs * torch.where((scene & turned[:, None]).any(0), -1, 1)).sum())
-
-
-def decisive(tokens: Tensor) -> Tensor:
-    """Which tokens may be evidence, bool like ``tokens``: adjectives and "not"."""
-    return (_signs()[tokens] != 0) | (tokens == words(SIZES)["adv0"])
-
-
-@cache
-def _signs() -> Tensor:
-    """By token 1 (praise), -1 (blame) or 0."""
-    signs = torch.zeros(VOCABULARY, dtype=torch.int64)
-    for number in range(SIZES.adjectives):
-        signs[words(SIZES)[f"adj{number}"]] = 1 - 2 * (number % 2)
-    return signs
+        some = world.batch(stream, size)
+        yield some.tokens, some.label, some.evidence
 
 
 def few(batches: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -5,14 +5,15 @@ It has no biases, so that a class's score is a sum of shares of the pixels, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ...worlds.batches import drawn
 
 CLASSES, STEPS, BATCH, SCENES = 6, 500, 64, 3000
 
@@ -53,47 +54,26 @@ def trained(seed: int = 0) -> tuple[nn.Sequential, float]:
 
     known, held = pictures("cnn", SCENES), pictures("cnn/held", 256)
 
-    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        source = torch.Generator().manual_seed(seed)
-        while True:
-            some = torch.randint(len(known.labels), (BATCH,), generator=source)
-            yield known.pixels[some], known.labels[some]
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network()
-    task = Task(batches, labelled, lambda: [(held.pixels, held.labels)], accuracy)
+    task = Task(
+        partial(drawn, (known.pixels, known.labels), BATCH), labelled, lambda: [(held.pixels, held.labels)], accuracy
+    )
     with bar(STEPS, "training a convolutional network") as tell, torch.enable_grad():
         score = fit(model, task, Recipe(STEPS), seed, tell=tell)
     return model.eval().requires_grad_(False), score
 
 
-@contextmanager
-def passing(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """A dict that fills, while a model runs, with the input and the output of the modules that are wanted, by path."""
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            kept[path] = args[0], output
-
-        return hook
-
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            if wanted(path, module):
-                stack.callback(module.register_forward_hook(keep(path)).remove)
-        yield kept
-
-
-def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Maps ``[B, h, w]`` at the pixels of the picture, bilinear: ``[B, H, W]``."""
-    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(maps[:, None], list(size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def pointing(maps: Tensor, masks: Tensor) -> Tensor:
-    """The pointing game: is the greatest place of a map ``[B, H, W]`` on the object? bool ``[B]``."""
-    return masks.flatten(1).gather(1, maps.flatten(1).argmax(1, keepdim=True))[:, 0]
+    """The pointing game: is the greatest place of a map ``[B, h, w]``, enlarged, on the object? 1 or 0, ``[B]``."""
+    places = enlarged(maps, masks.shape[-2:]).flatten(1).argmax(1, keepdim=True)
+    return masks.flatten(1).gather(1, places)[:, 0].float()
 
 
 def covering(maps: Tensor, masks: Tensor) -> Tensor:

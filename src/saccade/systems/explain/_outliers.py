@@ -1,8 +1,11 @@
-"""How far states lie from those of a training set, and how well that tells outliers: the higher, the more at home."""
+"""How far states lie from those of a training set, and how well that tells outliers: the higher, the more at home.
+
+Also outliers that need no data of another kind.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -33,3 +36,14 @@ def fpr95(inside: Tensor, outside: Tensor) -> float:
     """Share of ``outside`` with a score that at least 95% of ``inside`` reach."""
     bar = inside.sort(descending=True).values[-(-95 * len(inside) // 100) - 1]
     return float((outside >= bar).double().mean())
+
+
+def half_replaced(texts: Iterable[tuple[Tensor, Tensor]], vocabulary: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Batches of tokens ``[B, N]`` (0: padding) and labels, half of the words being any of the vocabulary ``[V]``."""
+    source = torch.Generator().manual_seed(0)
+    replaced = []
+    for tokens, labels in texts:
+        drawn = vocabulary[torch.randint(len(vocabulary), tokens.shape, generator=source)]
+        swap = (torch.rand(tokens.shape, generator=source) < 0.5) & (tokens != 0)
+        replaced.append((torch.where(swap, drawn, tokens), labels))
+    return replaced

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._heads import heads, projections
+from ._heads import Heads, heads, pairs, projections
 from ._prompts import Prompts
-from .retrieval_heads import Heads, pairs
 
 TOP = 4  # heads of a stage, and heads that repair
 

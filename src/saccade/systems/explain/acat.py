@@ -83,7 +83,7 @@ class ACAT(MethodSystem):
     ) -> tuple[Tensor, Tensor]:
         """Pictures like ``pixels`` of which ``f`` would say another class, and the saliency ``[B, H, W]``."""
         with torch.no_grad():
-            z = encoder(pixels)
+            z = encoder(pixels).detach()  # an encoder may give its input back
             start, other = decoder(z), f(pixels).argmin(1)
         for _ in range(self.steps):
             with torch.enable_grad():
@@ -101,10 +101,19 @@ class ACAT(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """Accuracy with and without the branch over some seeds, and in which region saliency puts the lesion."""
+        from ...study import probes
         from ...study.progress import bar
 
         (pixels, labels, _), (fresh, truth, regions) = scans(0, SCANS), scans(1, HELD)
         plain, attended = [], []
+
+        def asked(model: nn.Module, some: Tensor) -> Tensor:
+            return F.cross_entropy(model(pixels[some]), labels[some])
+
+        def looked(model: nn.Module, branch: Branch, some: Tensor) -> Tensor:
+            branch.look(known[some])
+            return asked(model, some)
+
         with torch.random.fork_rng(devices=[]), bar((1 + 2 * SEEDS) * STEPS) as tell:
             torch.manual_seed(0)
             encoder, decoder = autoencoder()
@@ -112,7 +121,7 @@ class ACAT(MethodSystem):
             train([both], lambda some: (both(pixels[some]) - pixels[some]).square().mean(), SCANS, tell)
             for seed in range(SEEDS):
                 model = classifier(seed)
-                train([model], partial(asked, model, pixels, labels), SCANS, tell)
+                train([model], partial(asked, model), SCANS, tell)
                 plain.append(accuracy(model, fresh, truth))
                 if seed == 0:  # the saliency of the first is for all
                     known, held = (self.counterfactual(model, encoder, decoder, x)[1] for x in (pixels, fresh))
@@ -120,16 +129,11 @@ class ACAT(MethodSystem):
             for seed in range(SEEDS):
                 model = classifier(seed)
                 with self.apply(model) as branch:
-                    train(
-                        [model, branch],
-                        partial(asked, model, pixels, labels, branch=branch, saliency=known),
-                        SCANS,
-                        tell,
-                    )
+                    train([model, branch], partial(looked, model, branch), SCANS, tell)
                     branch.look(held)
                     attended.append(accuracy(model, fresh, truth))
         gains = torch.tensor(attended) - torch.tensor(plain)
-        error = float(gains.std() / SEEDS**0.5)
+        error = probes.standard_error(gains)
         sick = truth == 1
         places = {name: located(x[sick], regions[sick]) for name, x in (("acat", held), ("gradient", gradients))}
         numbers = {"plain": plain, "acat": attended}
@@ -140,20 +144,6 @@ class ACAT(MethodSystem):
             f"Accuracy on {HELD} scans {sum(attended) / SEEDS:.3f} with the attention, {sum(plain) / SEEDS:.3f} without"
             f" ({SEEDS} seeds, standard error of the gain {error:.3f}); the region of the lesion is found in"
             f" {places['acat']:.0%}, by the pixels' gradient in {places['gradient']:.0%}.",
-            accuracy_is_up=float(gains.mean()) > 2 * error,
+            accuracy_is_up=probes.surely_positive(gains),
             localisation_is_up=places["acat"] > places["gradient"],
         )
-
-
-def asked(
-    model: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
-    some: Tensor,
-    branch: Branch | None = None,
-    saliency: Tensor | None = None,
-) -> Tensor:
-    """Cross entropy on some scans, with a branch after it looked at their saliency."""
-    if branch is not None and saliency is not None:
-        branch.look(saliency[some])
-    return F.cross_entropy(model(pixels[some]), labels[some])

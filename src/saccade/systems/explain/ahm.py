@@ -19,28 +19,29 @@ claim's documents are text alone.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import combinations, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import edits
-from ...hosts.handles import edit, host_of
-from ...worlds.grammar import Sizes, grammar, words
+from ...hosts.handles import host_of
+from ...worlds.documents import SIZES, TOPICS, batch, documents
+from ...worlds.grammar import words
 from ..base import ClaimNumbers, MethodSystem
-from ._outliers import fpr95, mahalanobis, nearest
+from ._classifier import bert
+from ._heads import Heads, edited
+from ._outliers import fpr95, half_replaced, mahalanobis, nearest
 
-Heads = Sequence[tuple[int, int]]  # layer, head
-KNOWN, UNKNOWN, NOUNS = 4, 2, 6  # topics that are taught and that are not, and nouns of each
-LOOSE = 0.2  # share of a document's nouns that are of any topic
-SIZES = Sizes(nouns=(KNOWN + UNKNOWN) * NOUNS)
+TAUGHT, NEVER_TAUGHT = range(4), range(4, TOPICS)
 BATCH = 32
+
+Batch = tuple[Tensor, Tensor]
+"""Tokens ``[B, N]``, 0 being padding, and labels ``[B]``."""
 
 
 class AHM(MethodSystem):
@@ -55,32 +56,32 @@ class AHM(MethodSystem):
 
     def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Let the heads put out zeros. Raises SpecError if the model has no such layer or head."""
-        with ExitStack() as stack:
-            for layer in sorted({layer for layer, _ in self.heads}):
-                mine = [head for at, head in self.heads if at == layer]
-                stack.enter_context(edit(model, edits.Zero(), layers=layer, heads=mine))
-            return stack.pop_all()
+        return edited(model, edits.Zero(), self.heads)
 
     def claim(self) -> ClaimNumbers:
         """FPR95 of documents of unknown topics: AHM, the same distances without it, and scores of the logits."""
-        from ...study.trainer import Recipe, Task, accuracy, compete
+        from ...study.trainer import Recipe, Task, accuracy, compete, labelled
 
-        task = Task(documents, loss, lambda: islice(documents(999), 4), lambda m, b: accuracy(Logits(m), b), "accuracy")
-        result = compete({"bert": bert}, task, Recipe(steps=150))
+        task = Task(batches, labelled, lambda: islice(batches(999), 4), accuracy, "accuracy")
+        fresh = partial(bert, len(words(SIZES)), len(TAUGHT), 2, max_position_embeddings=256)
+        result = compete({"bert": fresh}, task, Recipe(steps=150))
+        train, inside = (list(islice(batches(seed), count)) for seed, count in (("train", 8), ("inside", 6)))
+        outside = list(islice(batches("outside", NEVER_TAUGHT), 6))
         found: dict[str, list[float]] = {}
         chosen = []
-        for model in result.models["bert"]:
-            train, inside = (list(islice(documents(seed), count)) for seed, count in (("train", 8), ("inside", 6)))
-            outside = list(islice(documents("outside", known=False), 6))
-            heads = choose(model, train, list(islice(documents("choose"), 4)))
+        for model in (one.model for one in result.models["bert"]):
+            heads = choose(model, train, list(islice(batches("choose"), 4)))
             chosen.append([list(pair) for pair in heads])
-            for name, mask in (("ahm", heads), ("plain", ())):
-                detectors = distances(model, train, mask)
-                for kind, score in detectors.items():
-                    found.setdefault(f"{name}_{kind}", []).append(fpr95(score(inside), score(outside)))
-            for kind, of_logits in (("msp", lambda x: x.softmax(-1).amax(-1)), ("energy", lambda x: x.logsumexp(-1))):
-                told = [of_logits(features(model, data, ())[1]) for data in (inside, outside)]
-                found.setdefault(kind, []).append(fpr95(*told))
+            told = {
+                name: [features(model, data, mask) for data in (train, inside, outside)]
+                for name, mask in (("ahm", heads), ("plain", ()))
+            }
+            for name, (known, near, far) in told.items():
+                for kind, score in (("mahalanobis", mahalanobis(*known[::2])), ("knn", nearest(known.states))):
+                    found.setdefault(f"{name}_{kind}", []).append(fpr95(score(near.states), score(far.states)))
+            _, near, far = told["plain"]
+            found.setdefault("msp", []).append(fpr95(*(x.logits.softmax(-1).amax(-1) for x in (near, far))))
+            found.setdefault("energy", []).append(fpr95(*(x.logits.logsumexp(-1) for x in (near, far))))
         mean = {name: sum(values) / len(values) for name, values in found.items()}
         best = min(mean["ahm_mahalanobis"], mean["ahm_knn"])
         return ClaimNumbers.decide(
@@ -94,99 +95,41 @@ class AHM(MethodSystem):
         )
 
 
-Batch = tuple[Tensor, Tensor]
-Score = Callable[[Iterable[Batch]], Tensor]
+class Features(NamedTuple):
+    """The first token's last state ``[S, width]``, logits ``[S, classes]`` and labels ``[S]``."""
 
-
-class Logits(nn.Module):
-    """A classifier of transformers as a function of tokens, 0 being padding."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``[B, classes]``."""
-        return self.model(tokens, attention_mask=(tokens != 0).long()).logits
+    states: Tensor
+    logits: Tensor
+    labels: Tensor
 
 
 @torch.no_grad()
-def features(model: Any, data: Iterable[Batch], heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """First token's last state ``[S, width]``, logits and labels, with these heads masked."""
+def features(model: Any, data: Iterable[Batch], heads: Heads) -> Features:
+    """What a classifier makes of data with these heads masked."""
     found = []
     with AHM(heads).apply(model):
         for tokens, labels in data:
             out = model(tokens, attention_mask=(tokens != 0).long(), output_hidden_states=True)
             found.append((out.hidden_states[-1][:, 0], out.logits, labels))
-    states, logits, told = (torch.cat(column) for column in zip(*found, strict=True))
-    return states, logits, told
-
-
-def distances(model: Any, train: Iterable[Batch], heads: Heads) -> dict[str, Score]:
-    """Scores by distance to the training set, both with these heads masked."""
-    states, _, labels = features(model, train, heads)
-    fitted = {"mahalanobis": mahalanobis(states, labels), "knn": nearest(states)}
-
-    def score(one: Callable[[Tensor], Tensor], data: Iterable[Batch]) -> Tensor:
-        return one(features(model, data, heads)[0])
-
-    return {name: partial(score, one) for name, one in fitted.items()}
+    return Features(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def choose(model: Any, train: list[Batch], held: list[Batch], most: int = 2) -> list[tuple[int, int]]:
     """The heads, at most so many, without which half-replaced texts are best told from the held ones (Mahalanobis)."""
-    source = torch.Generator().manual_seed(0)
-    vocabulary = torch.cat([tokens[tokens != 0] for tokens, _ in train]).unique()
-    replaced = []
-    for tokens, labels in held:
-        drawn = vocabulary[torch.randint(len(vocabulary), tokens.shape, generator=source)]
-        swap = (torch.rand(tokens.shape, generator=source) < 0.5) & (tokens != 0)
-        replaced.append((torch.where(swap, drawn, tokens), labels))
+    replaced = half_replaced(held, torch.cat([tokens[tokens != 0] for tokens, _ in train]).unique())
     pairs = [(site.layer, head) for site in host_of(model).sites() for head in range(site.heads)]
     candidates = [list(heads) for count in range(1, most + 1) for heads in combinations(pairs, count)]
 
     def told(heads: Heads) -> float:
-        score = distances(model, train, heads)["mahalanobis"]
-        return fpr95(score(held), score(replaced))
+        score = mahalanobis(*features(model, train, heads)[::2])
+        return fpr95(*(score(features(model, data, heads).states) for data in (held, replaced)))
 
     return min(candidates, key=told)
 
 
-def bert() -> Any:
-    """A small, fresh BERT that classifies documents of the known topics."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        vocab_size=len(words(SIZES)), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    config.num_labels = KNOWN
-    return BertForSequenceClassification(config)
-
-
-def loss(model: Any, batch: Batch) -> Tensor:
-    """Cross-entropy of the topics."""
-    return F.cross_entropy(Logits(model)(batch[0]), batch[1])
-
-
-def documents(seed: int | str, known: bool = True) -> Iterator[Batch]:
-    """Endless batches of two sentences about a topic, and which it is; nouns of every topic occur in each."""
-    rng, source = random.Random(f"documents/{seed}"), grammar(f"documents/{seed}", SIZES)
-    names = list(words(SIZES))
-    nouns = {
-        token: int(name.removeprefix("noun").removesuffix(".pl"))
-        for token, name in enumerate(names)
-        if name.startswith("noun")
-    }
+def batches(seed: int | str, topics: range = TAUGHT) -> Iterator[Batch]:
+    """Endless batches: documents ``[BATCH, N]`` and the topic of each."""
+    stream = documents(seed, topics)
     while True:
-        rows, labels = [], []
-        for _ in range(BATCH):
-            topic = rng.randrange(KNOWN) if known else KNOWN + rng.randrange(UNKNOWN)
-            said = [token for sentence in islice(source, 2) for token in sentence.tokens.tolist()]
-            for i, token in enumerate(said):
-                if token in nouns and rng.random() >= LOOSE:
-                    plural = ".pl" if names[token].endswith(".pl") else ""
-                    said[i] = words(SIZES)[f"noun{topic * NOUNS + nouns[token] % NOUNS}{plural}"]
-            rows.append(torch.tensor(said))
-            labels.append(topic)
-        yield nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(labels)
+        some = batch(stream, BATCH)
+        yield some.tokens, some.topic

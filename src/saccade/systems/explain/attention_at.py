@@ -33,7 +33,8 @@ from ...core.scores import Bias
 from ...core.spec import Attention
 from ...hosts.handles import host_of, install
 from ..base import ClaimNumbers, MethodSystem
-from ._classifier import Classifier, correlation, few, held, objective, right
+from ._classifier import Classifier, few, held, objective, right
+from ._importance import correlation
 
 BATCHES = 12  # of sentences that the claim's classifiers learn from
 

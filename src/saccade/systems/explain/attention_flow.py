@@ -33,7 +33,7 @@ from ...core.stats import Rows
 from ...hosts.flow import Kept, keep
 from ...hosts.handles import watch
 from ..base import ClaimNumbers, MethodSystem
-from ._classifier import MASK, VOCABULARY, held, opinions
+from ._classifier import MASK, VOCABULARY, bert, held, opinions
 
 TEXTS, TOKENS = 32, 32  # flow takes half a second for each
 BLANK = 258  # the embedded model's padding, a token that says nothing
@@ -79,7 +79,7 @@ class AttentionFlow(MethodSystem):
                 f"of a {name.replace('_', ' ')} rollout {rollout:.2f}, flow {flow:.2f}, raw attention {raw[-1]:.2f}"
             )
             for way, values in (("rollout", each[:, -2]), ("flow", each[:, -1])):
-                above[f"{way}_above_raw_of_a_{name}"] = surely_positive(values - each[:, -3])
+                above[f"{way}_above_raw_of_a_{name}"] = probes.surely_positive(values - each[:, -3])
         return ClaimNumbers.decide(
             numbers, f"Correlation with blank-out over {TEXTS} texts each: {'; '.join(told)} (last layer).", **above
         )
@@ -87,6 +87,8 @@ class AttentionFlow(MethodSystem):
     @torch.no_grad()
     def _correlations(self, model: nn.Module, texts: Sequence[tuple[Tensor, Predict]], row: int, blank: int) -> Tensor:
         """Of each text: with blank-out, of raw attention of every layer, rollout and flow: ``[texts, layers + 2]``."""
+        from ...study.probes import spearman
+
         found = []
         for tokens, predict in texts:
             with self.apply(model) as run, watch(model, Rows([row])) as seen:
@@ -94,7 +96,7 @@ class AttentionFlow(MethodSystem):
             ways = [seen[site.path]["rows"][0].mean(0)[0] for site in seen.sites]
             ways += [run.rollout([row])[0, 0], run.flow([row])[0, 0]]
             blanked = blank_out(predict, tokens, blank)
-            found.append(torch.stack([spearman(way, blanked) for way in ways]))
+            found.append(torch.tensor([spearman(way, blanked) for way in ways], dtype=torch.float64))
         return torch.stack(found)
 
 
@@ -108,30 +110,21 @@ def _class(model: Any, label: int, tokens: Tensor) -> Tensor:
 
 def classifier() -> tuple[Any, list[tuple[Tensor, int]]]:
     """A small BERT trained to tell praise from blame, and sentences ``[1, N]`` with their labels."""
-    from transformers import BertConfig, BertForSequenceClassification
-
     from ...study.progress import bar
     from ...study.trainer import Recipe, Task, fit
 
-    first = VOCABULARY  # the token from which the class is read
-
     def marked(tokens: Tensor) -> Tensor:
-        return F.pad(tokens, (1, 0), value=first)
+        return F.pad(tokens, (1, 0), value=VOCABULARY)  # the token from which the class is read
 
-    def loss(model: Any, batch: Any) -> Tensor:
-        tokens = marked(batch[0])
-        return model(tokens, attention_mask=(tokens != 0).long(), labels=batch[1]).loss
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return F.cross_entropy(model(marked(batch[0])), batch[1])
 
-    config = BertConfig(
-        vocab_size=VOCABULARY + 1, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
-    )  # fmt: skip
     torch.manual_seed(0)
-    model: Any = BertForSequenceClassification(config)
+    reader = bert(VOCABULARY + 1, 2, 4, initializer_range=0.1)
     with bar(STEPS) as tell:
-        fit(model, Task(opinions, loss, lambda: held(1)), Recipe(STEPS, lr=1e-3), 0, tell=tell)
+        fit(reader, Task(opinions, loss, lambda: held(1)), Recipe(STEPS, lr=1e-3), 0, tell=tell)
     tokens, labels, _ = held(1)[0]
-    return model.eval(), [
+    return reader.eval().model, [
         (marked(row[row != 0][None]), int(label)) for row, label in islice(zip(tokens, labels, strict=True), TEXTS)
     ]
 
@@ -142,21 +135,3 @@ def blank_out(predict: Predict, tokens: Tensor, blank: int) -> Tensor:
     blanked = tokens.expand(tokens.shape[1], -1).clone().fill_diagonal_(blank)
     after = predict(torch.cat([tokens, blanked]))
     return (after[1:] - after[0]).abs()
-
-
-def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's rank correlation of ``[N]`` and ``[N]``; ties have their mean rank."""
-    ranks = [rank(x), rank(y)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1]
-
-
-def rank(x: Tensor) -> Tensor:
-    """Ranks of ``[N]``; values that differ by rounding alone are ties."""
-    apart = x[:, None].double() - x.double()
-    close = apart.abs() <= 1e-6 * x.abs().max()
-    return ((apart > 0) & ~close).double().sum(1) + close.double().sum(1) / 2
-
-
-def surely_positive(x: Tensor) -> bool:
-    """Is the mean of ``[S]`` more than two standard errors above 0?"""
-    return float(x.mean()) > 2 * float(x.std()) / len(x) ** 0.5

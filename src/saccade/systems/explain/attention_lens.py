@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ...worlds.text import Example, heldout
 from ..base import ClaimNumbers, MethodSystem
-from ._heads import heads, projections
-from .retrieval_heads import pairs, retrieval_heads, retrieval_scores
+from ._heads import heads, pairs, projections
+from .retrieval_heads import retrieval_heads, retrieval_scores
 
 SAYS = 0.5  # of the tests: the lens of a head that copies says the token that is copied
 SPECIALISED = 0.5  # others' lenses say it at most this share as often

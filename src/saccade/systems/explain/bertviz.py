@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from ...hosts.handles import lead
 from ..base import ClaimNumbers, MethodSystem
+from ._random_models import TOKENS, encoder, encoder_decoder
 
 if TYPE_CHECKING:
     from ...viewer import Session
 
 EXACT = 1e-4  # no number of a view may differ by more
-TOKENS, LONG = 1024, 8192  # compared with all weights; too long for these
+LONG = 8192  # tokens, too many for all weights
 ROWS = (3, 500, 1000)
 
 
@@ -71,11 +72,10 @@ class BertViz(MethodSystem):
         session = self.views(lm, {"input_ids": ids, "use_cache": False, "logits_to_keep": 1})
         run = session.sides["run"]
         layer = run.layers[2]
-        rows = [unpacked(session.answer(f"row?side=0&layer=2&head=1&row={row}"))[1] for row in (100, LONG - 1)]
-        far = max(
-            float((row - whole_row(layer.q[0, 1], layer.k[0, 0], at)).abs().max())
-            for row, at in zip(rows, (100, LONG - 1), strict=True)
-        )
+        far = 0.0
+        for row in (100, LONG - 1):
+            line = unpacked(session.answer(f"row?side=0&layer=2&head=1&row={row}"))[1]
+            far = max(far, float((line - whole_row(layer.q[0, 1], layer.k[0, 0], row)).abs().max()))
         header, glance = unpacked(session.answer("glance?side=0&layer=2&stat=mass"))
         weights = 4 * LONG**2 * sum(layer.heads for layer in run.layers)
         numbers = {f"apart_{name}": float(f"{value:.1e}") for name, value in (apart | {"long": far}).items()}
@@ -137,35 +137,3 @@ def whole_row(q: Tensor, k: Tensor, row: int) -> Tensor:
     """A causal row of weights in float64, from queries and keys ``[N, D]``."""
     scores = (k[: row + 1].double() @ q[row].double()) * q.shape[-1] ** -0.5
     return nn.functional.pad(scores.softmax(0), (0, len(k) - row - 1)).float()
-
-
-def encoder() -> Any:
-    """A BERT with random weights, sharp enough that heads differ."""
-    from transformers import BertConfig, BertModel
-
-    size: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-    }
-    return _sharp(lambda: BertModel(BertConfig(vocab_size=260, max_position_embeddings=TOKENS, **size)))
-
-
-def encoder_decoder() -> Any:
-    """A BART with random weights."""
-    from transformers import BartConfig, BartModel
-
-    sides: dict[str, Any] = {f"{side}_{what}": value for side in ("encoder", "decoder")
-             for what, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
-    return _sharp(lambda: BartModel(BartConfig(vocab_size=260, d_model=32, max_position_embeddings=TOKENS, **sides)))
-
-
-def _sharp(make: Any) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = make().eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(8)
-    return model

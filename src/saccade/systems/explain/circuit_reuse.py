@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from statistics import fmean
 from typing import Any
 
@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from ...core import edits
 from ...core.stats import Rows
 from ...core.tile import At
-from ...hosts.handles import edit, watch
+from ...hosts.handles import watch
 from ..base import ClaimNumbers, MethodSystem
+from ._heads import Heads, edited, pairs
 from ._patching import TOP, circuit
 from ._prompts import KNOWN, NEW, Prompts, ask
-from .retrieval_heads import Heads, pairs
 
 REUSED, REPAIRED = 0.5, 0.5  # heads in both circuits, of those in either; share of the errors that must go
 
@@ -54,11 +54,7 @@ class CircuitReuse(MethodSystem):
 
     def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Let the heads' last query look there. Raises SpecError if the model has no such layer or head."""
-        with ExitStack() as stack:
-            for layer in sorted({layer for layer, _ in self.heads}):
-                mine = [head for at, head in self.heads if at == layer]
-                stack.enter_context(edit(model, LookAt(self.places), layers=layer, heads=mine))
-            return stack.pop_all()
+        return edited(model, LookAt(self.places), self.heads)
 
     def claim(self) -> ClaimNumbers:
         """Circuits of two recall tasks, what they share, and the second repaired by four heads of the first."""

@@ -31,7 +31,7 @@ from ...core.errors import SpecError
 from ...core.stats import RegionMass
 from ...hosts.handles import Watching, watch
 from ..base import ClaimNumbers, MethodSystem
-from ._classifier import MASK, Classifier, cross_entropy, decisive, held, objective, opinions, right
+from ._classifier import MASK, Classifier, cross_entropy, held, objective, opinions, right
 
 HIDDEN = 0.01  # mass: most of the paper's deceptive models give the impermissible tokens less than one hundredth
 COST = 0.03  # accuracy that deception may cost
@@ -115,5 +115,5 @@ def measured(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
 @torch.no_grad()
 def shown(model: Classifier) -> float:
     """Mean attention on the words that decide, over the held sentences."""
-    masses: Iterator[Tensor] = ((model.read(x).weights * decisive(x)).sum(1).mean() for x, *_ in held())
+    masses: Iterator[Tensor] = ((model.read(x).weights * evidence).sum(1).mean() for x, _, evidence in held())
     return float(torch.stack([*masses]).mean())

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +34,41 @@ from torch import Tensor, nn
 from ...core.errors import Unsupported
 from ..base import ClaimNumbers, MethodSystem
 from ._convolutional import covering, pictures, trained
+from ._lime import lime
 
 EACH_PLACE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.BatchNorm2d)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
-SQUARE, SAMPLES, KERNEL = 4, 150, 0.25  # LIME: pixels of a square's side, pictures asked about, width of its kernel
 
 
 class Masking:
     """``mask`` is what may be seen, 1 or 0, ``[B, 1, H, W]``; while the model runs, of the layer that it is at."""
 
     mask: Tensor | None = None
+
+    def before(self, path: str, layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """Give a layer what it may see."""
+        if self.mask is None:
+            return None
+        if args[0].shape[-2:] != self.mask.shape[-2:]:
+            sizes = f"{tuple(args[0].shape[-2:])}, its mask {tuple(self.mask.shape[-2:])}"
+            raise Unsupported(f"{path} takes {sizes}: layer masking goes through plain chains of layers alone")
+        rings = layer.kernel_size[-1] if isinstance(layer, nn.Conv2d) else 0
+        return (filled(args[0], self.mask, rings),)
+
+    def after(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        """Take the mask on to the next layer, and take out what is not seen there."""
+        mask = self.mask
+        if mask is None:
+            return None
+        if isinstance(layer, nn.AdaptiveAvgPool2d):
+            self.mask = None
+            return output / (layer.forward(mask) + 1e-8)
+        if isinstance(layer, nn.Conv2d):
+            mask = F.max_pool2d(mask, layer.kernel_size, layer.stride, layer.padding)  # type: ignore[arg-type]
+        elif isinstance(layer, POOLS):
+            mask = (layer.forward(mask) > 0).to(mask.dtype)
+        self.mask = mask
+        return output * mask
 
 
 class LayerMasking(MethodSystem):
@@ -60,8 +86,8 @@ class LayerMasking(MethodSystem):
         with ExitStack() as stack:
             for path, layer in model.named_modules():
                 if isinstance(layer, (nn.Conv2d, nn.AdaptiveAvgPool2d, *EACH_PLACE, *POOLS)):
-                    stack.callback(layer.register_forward_pre_hook(before(path, masking)).remove)
-                    stack.callback(layer.register_forward_hook(after(masking)).remove)
+                    stack.callback(layer.register_forward_pre_hook(partial(masking.before, path)).remove)
+                    stack.callback(layer.register_forward_hook(masking.after).remove)
             yield masking
 
     def masked(self, model: nn.Module, pixels: Tensor, mask: Tensor) -> Tensor:
@@ -73,6 +99,7 @@ class LayerMasking(MethodSystem):
     @torch.no_grad()
     def claim(self) -> ClaimNumbers:
         """Is the class still told from the hole that the object leaves, and does LIME find the object?"""
+        from ...study import probes
         from ...study.progress import bar
 
         model, accuracy = trained()
@@ -97,20 +124,18 @@ class LayerMasking(MethodSystem):
                 tell("LIME", 1)
         covered = {name: covering(torch.stack(maps), seen.masks[:24]) for name, maps in found.items()}
         gains = [covered["layer"] - covered[name] for name in ("black", "grey")]
-        errors = [float(gain.std() / len(gain) ** 0.5) for gain in gains]
         lime_of = {name: float(values.mean()) for name, values in covered.items()}
         return ClaimNumbers.decide(
             {"accuracy": round(accuracy, 3)}
             | {f"told_{name}": round(x, 3) for name, x in told.items()}
             | {f"lime_{name}": round(x, 3) for name, x in lime_of.items()}
-            | {"gain_errors": [round(x, 3) for x in errors]},
+            | {"gain_errors": [round(probes.standard_error(gain), 3) for gain in gains]},
             f"With the object taken out along its outline, its class (of 6) is still said in {told['black']:.0%} of the"
             f" pictures with black there, {told['grey']:.0%} with grey, {told['white']:.0%} with white,"
-            f" {told['layer']:.0%} with layer masking; LIME"
-            f" covers objects by {lime_of['black']:.2f}, {lime_of['grey']:.2f} and {lime_of['layer']:.2f}"
-            " (intersection over union).",
+            f" {told['layer']:.0%} with layer masking; LIME covers objects by {lime_of['black']:.2f},"
+            f" {lime_of['grey']:.2f} and {lime_of['layer']:.2f} (intersection over union).",
             shape_tells_less=told["layer"] < min(told[name] for name in ("black", "grey", "white")),
-            better_lime=all(float(gain.mean()) > 2 * error for gain, error in zip(gains, errors, strict=True)),
+            better_lime=all(map(probes.surely_positive, gains)),
         )
 
 
@@ -122,57 +147,3 @@ def filled(x: Tensor, mask: Tensor, rings: int) -> Tensor:
         edge = (1 - mask) * F.avg_pool2d(x, 3, 1, 1, divisor_override=1) / (count + 1e-5)
         x, mask = x + edge.detach(), (mask + count).clamp(max=1)
     return x
-
-
-def before(path: str, masking: Masking) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor] | None]:
-    """A hook that gives a layer what it may see."""
-
-    def hook(layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        if masking.mask is None:
-            return None
-        if args[0].shape[-2:] != masking.mask.shape[-2:]:
-            sizes = f"{tuple(args[0].shape[-2:])}, its mask {tuple(masking.mask.shape[-2:])}"
-            raise Unsupported(f"{path} takes {sizes}: layer masking goes through plain chains of layers alone")
-        rings = layer.kernel_size[-1] if isinstance(layer, nn.Conv2d) else 0
-        return (filled(args[0], masking.mask, rings),)
-
-    return hook
-
-
-def after(masking: Masking) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
-    """A hook that takes a layer's mask on to the next, and takes out what is not seen there."""
-
-    def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        mask = masking.mask
-        if mask is None:
-            return None
-        if isinstance(layer, nn.AdaptiveAvgPool2d):
-            masking.mask = None
-            return output / (layer.forward(mask) + 1e-8)
-        if isinstance(layer, nn.Conv2d):
-            mask = F.max_pool2d(mask, layer.kernel_size, layer.stride, layer.padding)  # type: ignore[arg-type]
-        elif isinstance(layer, POOLS):
-            mask = (layer.forward(mask) > 0).to(mask.dtype)
-        masking.mask = mask
-        return output * mask
-
-    return hook
-
-
-def lime(says: Callable[[Tensor, Tensor], Tensor], picture: Tensor, label: int) -> Tensor:
-    """LIME's map ``[H, W]``: how a linear model of which squares are seen explains the label's probability.
-
-    ``says(pixels, masks)`` gives logits ``[B, classes]``; kernel and ridge as in the official ``lime_image.py``.
-    """
-    high, wide = (side // SQUARE for side in picture.shape[1:])
-    source = torch.Generator().manual_seed(0)
-    on = torch.randint(2, (SAMPLES, high * wide), generator=source).bool()
-    on[0] = True
-    masks = on.view(-1, high, wide).repeat_interleave(SQUARE, 1).repeat_interleave(SQUARE, 2)
-    said = says(picture.expand(SAMPLES, -1, -1, -1), masks).softmax(1)[:, label]
-    away = 1 - F.cosine_similarity(on.float(), torch.ones(1, high * wide))
-    weights = (-away.square() / KERNEL**2).exp().sqrt()[:, None]
-    x = on.float() - (weights * on).sum(0) / weights.sum()
-    y = said[:, None] - (weights * said[:, None]).sum() / weights.sum()
-    slopes = torch.linalg.solve(x.T @ (weights * x) + torch.eye(high * wide), x.T @ (weights * y))
-    return slopes.view(high, wide).repeat_interleave(SQUARE, 0).repeat_interleave(SQUARE, 1)

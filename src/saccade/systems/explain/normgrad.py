@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from ...core.errors import SpecError
 from ..base import ClaimNumbers, MethodSystem
-from ._convolutional import enlarged, passing, pictures, pointing, trained
+from ._convolutional import enlarged, pictures, pointing, trained
+from ._passing import passing
 
 RECTIFIED = ("1", "4", "7", "9")  # of the claim's network: what follows each convolution
 KINDS = ("scaling", "conv1x1", "conv3x3", "bias", "grad-cam")
@@ -66,15 +67,12 @@ class NormGrad(MethodSystem):
             raise SpecError(f"{type(model).__name__} ran no layer {self.layers or 'of nn.Conv2d'} to make a map of")
         outputs = {path: y for path, (_, y) in kept.items()}
         grads = torch.autograd.grad(score, list(outputs.values()))
-        return {
-            path: saliency(x.detach(), g, self.kind) for (path, x), g in zip(outputs.items(), grads, strict=True)
-        }  # fmt: skip
+        return {path: saliency(outputs[path].detach(), g, self.kind) for path, g in zip(outputs, grads, strict=True)}
 
     def combined(self, model: nn.Module, pixels: Tensor, classes: Tensor) -> Tensor:
         """The product of the maps of all layers at the pixels: ``[B, H, W]``."""
         found = self.maps(model, pixels, classes)
-        size = (pixels.shape[-2], pixels.shape[-1])
-        return torch.stack([stretched(enlarged(map_, size)) for map_ in found.values()]).prod(0)
+        return torch.stack([stretched(enlarged(map_, pixels.shape[-2:])) for map_ in found.values()]).prod(0)
 
     @torch.enable_grad()
     def meta(self, model: nn.Module, pixels: Tensor, classes: Tensor) -> dict[str, Tensor]:
@@ -91,45 +89,38 @@ class NormGrad(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """The pointing game at every layer against Grad-CAM's, layers combined, and what the meta step changes."""
+        from ...study import probes
+
         model, accuracy = trained()
         seen = pictures("normgrad", 400)
-        systems = {kind: NormGrad(kind, RECTIFIED) for kind in (self.kind, "grad-cam")}
+        system, cam = NormGrad(self.kind, RECTIFIED), NormGrad("grad-cam", RECTIFIED)
         hits = {
-            kind: {path: hit(map_, seen.masks) for path, map_ in system.maps(model, seen.pixels, seen.labels).items()}
-            for kind, system in systems.items()
+            one.kind: {path: pointing(x, seen.masks) for path, x in one.maps(model, seen.pixels, seen.labels).items()}
+            for one in (system, cam)
         }
-        hits[self.kind]["combined"] = hit(systems[self.kind].combined(model, seen.pixels, seen.labels), seen.masks)
-        games = {kind: {path: float(of.mean()) for path, of in found.items()} for kind, found in hits.items()}
+        gains = {path: hits[self.kind][path] - hits["grad-cam"][path] for path in RECTIFIED}
+        hits[self.kind]["combined"] = pointing(system.combined(model, seen.pixels, seen.labels), seen.masks)
+        points = {kind: {path: float(of.mean()) for path, of in found.items()} for kind, found in hits.items()}
         few = seen.pixels[:48]
-        likely, unlikely = (model(few).argmax(1), model(few).argmin(1))
-        sensitivity = {
+        likely, unlikely = model(few).argmax(1), model(few).argmin(1)
+        alike_by = {
             name: alike(make(model, few, likely), make(model, few, unlikely))
-            for name, make in {
-                "plain": systems[self.kind].maps,
-                "meta": NormGrad(self.kind, RECTIFIED, 0.01).meta,
-            }.items()
+            for name, make in (("plain", system.maps), ("meta", NormGrad(self.kind, RECTIFIED, 0.01).meta))
         }
-        ours, cam = games[self.kind], games["grad-cam"]
-        first, *_, last = cam
-        errors = {
-            path: float((hits[self.kind][path] - hits["grad-cam"][path]).std() / len(seen.labels) ** 0.5)
-            for path in cam
-        }
-        sure = [ours[path] - cam[path] > 2 * errors[path] for path in cam]
+        errors = {path: probes.standard_error(gain) for path, gain in gains.items()}
+        numbers = {"gain_errors": errors} | {f"points_{kind}": found for kind, found in points.items()}
+        numbers |= {f"alike_{name}": found for name, found in alike_by.items()}
+        ours, theirs, (first, second, _, last) = points[self.kind], points["grad-cam"], RECTIFIED
         return ClaimNumbers.decide(
             {"accuracy": round(accuracy, 3), "chance": round(float(seen.masks.float().mean()), 3)}
-            | {"gain_errors": {path: round(x, 3) for path, x in errors.items()}}
-            | {f"points_{kind}": {path: round(x, 3) for path, x in game.items()} for kind, game in games.items()}
-            | {
-                f"alike_{name}": {path: round(x, 3) for path, x in found.items()} for name, found in sensitivity.items()
-            },
+            | {name: {path: round(x, 3) for path, x in found.items()} for name, found in numbers.items()},
             f"The greatest place lies on the shape in {ours[first]:.0%} of the pictures with NormGrad at the first"
-            f" convolution and {cam[first]:.0%} with Grad-CAM there (standard error of the gain"
-            f" {errors[first]:.3f}), {ours[last]:.0%} and {cam[last]:.0%} at the last,"
+            f" convolution and {theirs[first]:.0%} with Grad-CAM there (standard error of the gain"
+            f" {errors[first]:.3f}), {ours[last]:.0%} and {theirs[last]:.0%} at the last,"
             f" {ours['combined']:.0%} with all layers; at the last, maps of the likeliest and the least likely class"
-            f" correlate by {sensitivity['plain'][last]:.2f}, after the meta step {sensitivity['meta'][last]:.2f}.",
-            above_grad_cam_at_the_first_convolution=sure[0],
-            above_grad_cam_at_the_second=sure[1],
+            f" correlate by {alike_by['plain'][last]:.2f}, after the meta step {alike_by['meta'][last]:.2f}.",
+            above_grad_cam_at_the_first_convolution=probes.surely_positive(gains[first]),
+            above_grad_cam_at_the_second=probes.surely_positive(gains[second]),
         )
 
 
@@ -148,11 +139,6 @@ def stretched(maps: Tensor) -> Tensor:
     """Each map from 0 to 1."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - low) / (high - low).masked_fill(high == low, 1)
-
-
-def hit(maps: Tensor, masks: Tensor) -> Tensor:
-    """Whether each map points at the object: ``[B]``, 1 or 0."""
-    return pointing(enlarged(maps, (masks.shape[-2], masks.shape[-1])), masks).float()
 
 
 def alike(some: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, float]:

@@ -22,23 +22,23 @@ positions: 500 steps taught neither model its task, and no head was found.)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...core.stats import Stat, TopK
-from ...core.tile import Tile
+from ...core.stats import TopK
 from ...hosts.handles import Watching, watch
+from ...worlds.batches import drawn
 from ..base import ClaimNumbers, MethodSystem
-from ..linear._grid import sides
+from ._patches import Displacement, grid, steps
+from ._textures import classified, textures, transformer, uncovered
 
 SHARE = 0.5  # an offset local head's share is above this
 NEIGHBOURS = [(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1) if x or y]
-SIDE, PATCH, PICTURES, BATCH, STEPS, DIRECTIONS, WIDTH = 16, 2, 2048, 32, 400, 6, 64
+PICTURES, BATCH, STEPS = 2048, 32, 400
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,25 @@ class OffsetHeads(MethodSystem):
 
     def apply(self, model: nn.Module) -> Watching:
         """Watch a model, which answers as it would; see :meth:`heads`."""
-        return watch(model, TopK(1), Displacement(self.columns, self.prefix), kind="self")
+        return watch(model, TopK(1 + self.prefix), Displacement(self.columns, self.prefix), kind="self")
 
     def heads(self, watching: Watching) -> list[HeadOffset]:
         """Every head, from all samples of the last forward."""
         found = []
         for site in watching.sites:
             seen = watching[site.path]
-            keys = seen["top_k"].keys[:, :, self.prefix :, 0] - self.prefix  # [B, H, patches]
-            n = keys.shape[-1]
-            wide = self.columns or sides(n)[1]
-            patches = torch.arange(n, device=keys.device)
-            across, down = keys % wide - patches % wide, keys // wide - patches // wide
+            greatest = seen["top_k"].keys[:, :, self.prefix :] - self.prefix  # [B, H, patches, 1 + prefix]
+            keys = greatest.gather(-1, (greatest >= 0).long().argmax(-1, keepdim=True))[..., 0]  # the first on a patch
+            rows, columns = grid(keys.shape[-1], self.columns)
+            across, down = steps(torch.arange(keys.shape[-1], device=keys.device), keys, columns)
             shares = []
             for x, y in NEIGHBOURS:
-                there = (patches % wide + x >= 0) & (patches % wide + x < wide)
-                there &= (patches // wide + y >= 0) & (patches // wide + y < n // wide)
                 hit = (across == x) & (down == y) & (keys >= 0)
-                shares.append((hit & there).double().sum((0, 2)) / (there.sum() * len(keys)).clamp(min=1))
+                there = len(keys) * (rows - abs(y)) * (columns - abs(x))  # queries with such a neighbour
+                shares.append(hit.double().sum((0, 2)) / max(there, 1))
             best, which = torch.stack(shares).max(0)
             moved = seen["displacement"][:, :, self.prefix :].mean((0, 2))  # [H, 3]
-            edge = max(wide, n // wide) - 1
+            edge = max(rows, columns) - 1
             for head, (x, y, away) in enumerate(moved.tolist()):
                 near = NEIGHBOURS[int(which[head])]
                 found.append(HeadOffset(site.layer, head, (x, y), away / max(edge, 1), near, float(best[head])))
@@ -94,33 +92,19 @@ class OffsetHeads(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """Offset local heads of vision transformers after training with labels and by reconstruction, and before."""
-        from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling
+        from transformers import ViTForImageClassification, ViTForMaskedImageModeling
 
         from ...study.progress import bar
         from ...study.trainer import Recipe, Task, fit
 
-        pixels, labels = textures(PICTURES + 256)
-        config = ViTConfig(
-            hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=SIDE,
-            patch_size=PATCH, encoder_stride=PATCH, initializer_range=0.1,
-        )  # fmt: skip
-        config.num_labels = DIRECTIONS
-
-        def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-            source = torch.Generator().manual_seed(seed)
-            while True:
-                some = torch.randint(PICTURES, (BATCH,), generator=source)
-                yield pixels[some], labels[some]
-
-        held = [(pixels[PICTURES:], labels[PICTURES:])]
+        pictures = textures(PICTURES + 256)
+        batches = partial(drawn, [x[:PICTURES] for x in pictures], BATCH)
+        held = [tuple(x[PICTURES:] for x in pictures)]
         kinds = {"labels": (ViTForImageClassification, classified), "hiding": (ViTForMaskedImageModeling, uncovered)}
         numbers: dict[str, Any] = {}
         with bar(len(kinds) * STEPS) as tell:
             for name, (kind, loss) in kinds.items():
-                torch.manual_seed(0)
-                model: Any = kind(config)
-                places = model.vit.embeddings.position_embeddings.requires_grad_(False)
-                places[0, 1:] = sines(SIDE // PATCH)
+                model = transformer(kind)
                 before = offset_heads(self.seen(model, held[0][0]))
                 score = fit(model, Task(batches, loss, lambda: held), Recipe(STEPS), 0, tell=tell)
                 heads = self.seen(model.eval(), held[0][0])
@@ -153,61 +137,3 @@ class OffsetHeads(MethodSystem):
 def offset_heads(heads: list[HeadOffset]) -> list[HeadOffset]:
     """Those whose share is above a half."""
     return [head for head in heads if head.share > SHARE]
-
-
-def textures(count: int) -> tuple[Tensor, Tensor]:
-    """Pictures ``[count, 3, SIDE, SIDE]`` that are smooth along one of some directions, and which ``[count]``."""
-    source = torch.Generator().manual_seed(0)
-    labels = torch.randint(DIRECTIONS, (count,), generator=source)
-    noise = torch.randn(count, 3, SIDE, SIDE, generator=source)
-    angle = (labels * torch.pi / DIRECTIONS)[:, None, None]
-    y, x = torch.meshgrid(*[torch.fft.fftfreq(SIDE, 1 / SIDE)] * 2, indexing="ij")  # waves in a picture
-    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    kept = torch.exp(-((along / 3).square()) - (across / 0.8).square())
-    pictures = torch.fft.ifft2(torch.fft.fft2(noise) * kept[:, None]).real
-    return pictures / pictures.std((1, 2, 3), keepdim=True), labels
-
-
-def sines(side: int) -> Tensor:
-    """Positions of a grid ``[side * side, WIDTH]``, half of each of its column and half of its row, as MAE's."""
-    y, x = torch.meshgrid(*[torch.arange(side).double()] * 2, indexing="ij")
-    rates = 10000 ** (-torch.arange(WIDTH // 4) / (WIDTH // 4))
-    angles = [z.flatten()[:, None] * rates for z in (x, y)]
-    return torch.cat([f(z) for z in angles for f in (torch.sin, torch.cos)], 1).float()
-
-
-def classified(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross entropy of the labels."""
-    return model(batch[0], labels=batch[1]).loss
-
-
-def uncovered(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Absolute error of the pixels of half of the patches, drawn anew, that the model was not shown."""
-    hidden = torch.rand(len(batch[0]), (SIDE // PATCH) ** 2) < 0.5
-    return model(batch[0], bool_masked_pos=hidden).loss
-
-
-class Displacement(Stat):
-    """From each query, under its weights on patches: columns to the right, rows down, and the distance in patches.
-
-    ``[B, H, N, 3]``; 0 for a query without weight on a patch.
-    """
-
-    def __init__(self, columns: int | None = None, prefix: int = 0, name: str | None = None):
-        super().__init__(name)
-        self.columns, self.prefix = columns, prefix
-
-    def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        """Means over the tile's keys."""
-        at, wide = tile.at, self.columns or sides(max(tile.at.m - self.prefix, 1))[1]
-        key, query = at.k - self.prefix, at.row - self.prefix
-        across, down = key % wide - query % wide, key // wide - query // wide
-        weights = tile.weights * (key >= 0)
-        total = weights.sum(-1)
-        away = (across.square() + down.square()).to(weights.dtype).sqrt()
-        moved = torch.stack([(weights * x).sum(-1) for x in (across, down, away)], -1)
-        return (moved / total.masked_fill(total == 0, math.inf)[..., None],)
-
-    def widths(self, m: int) -> tuple[tuple[int, ...], ...]:
-        """Three numbers."""
-        return ((3,),)

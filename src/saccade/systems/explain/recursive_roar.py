@@ -1,6 +1,6 @@
 """Recursive ROAR: words called important are taken away and a model is trained anew, over and over: how fast it fails.
 
-    importance[i] of token i, for the right class c:
+    importance[i] of token i, for the right class c (:mod:`._importance`):
         attention               w[i]
         gradient                length of d logit[c] / d onehot[i] = d logit[c] / d e[i] E'      (E: the embeddings)
         input x gradient        | d logit[c] / d e[i] . e[i] |
@@ -23,24 +23,20 @@ model trained anew would be shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ...core.errors import SpecError
-from ...core.stats import Rows
-from ...hosts.handles import watch
 from ..base import ClaimNumbers, MethodSystem
-from ._classifier import MASK, Classifier, gradient, held, integrated, objective, opinions, right
+from ._classifier import MASK, Classifier, held, objective, opinions, right
+from ._importance import Measure, of_classifier, of_model
 
-Measure = Literal["attention", "gradient", "input x gradient", "integrated gradient", "random"]
-Batch = tuple[Tensor, Tensor]
-"""Tokens and labels."""
+Batch = tuple[Tensor, Tensor]  # tokens and labels
 ROUNDS, BATCHES = 5, 16  # of the claim: masked shares 0, 0.2, ..., 1, and what its classifiers learn from
 
 
@@ -57,17 +53,15 @@ class RecursiveROAR(MethodSystem):
             raise SpecError(f"recursive-roar: measure must be one of {', '.join(get_args(Measure))}; got {measure!r}")
         self.measure, self.step, self.mask, self.samples = measure, step, mask, samples
 
-    def apply(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Mask each prompt's most important tokens before the model reads it; single tokens are read as they are."""
-        return self._masking(model)
-
     @contextmanager
-    def _masking(self, model: Any) -> Iterator[None]:
+    def apply(self, model: nn.Module) -> Iterator[None]:
+        """Mask each prompt's most important tokens before the model reads it; single tokens are read as they are."""
+
         def before(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
             tokens = args[0] if args else given.get("input_ids")
             if tokens is None or tokens.shape[1] < 2:
                 return None
-            masked = masked_more(tokens, self.of_model(module, tokens), self.step, self.mask)
+            masked = masked_more(tokens, of_model(module, tokens, self.measure, self.samples), self.step, self.mask)
             return ((masked, *args[1:]), given) if args else (args, {**given, "input_ids": masked})
 
         hook = model.register_forward_pre_hook(before, with_kwargs=True)
@@ -75,46 +69,6 @@ class RecursiveROAR(MethodSystem):
             yield
         finally:
             hook.remove()
-
-    def of_model(self, model: Any, tokens: Tensor) -> Tensor:
-        """Importance ``[B, N]`` of a prompt for the likeliest next token of a model of transformers."""
-        if self.measure == "random":
-            return torch.rand(tokens.shape, device=tokens.device)
-        embeddings = model.get_input_embeddings()
-
-        def logits(embedded: Tensor) -> Tensor:
-            return model(inputs_embeds=embedded, use_cache=False).logits[:, -1]
-
-        with torch.no_grad(), watch(model, Rows([-1])) as watching:
-            best = logits(embeddings(tokens)).argmax(-1)
-        if self.measure == "attention":
-            rows = [watching.seen[site.path]["rows"][:, :, 0].mean(1) for site in watching.sites]
-            return torch.stack(rows).mean(0)
-        return self.by_gradient(logits, embeddings(tokens), best, embeddings.weight)
-
-    def importance(self, model: Classifier, batch: Batch) -> Tensor:
-        """Importance ``[B, N]`` of a batch's tokens for their labels, by a small classifier."""
-        tokens, labels = batch
-        if self.measure == "random":
-            return torch.rand(tokens.shape)
-        if self.measure == "attention":
-            return model.read(tokens).weights.detach()
-        return self.by_gradient(model.of_embeddings(tokens), model.embed(tokens), labels, model.embed.weight)
-
-    def masked(self, model: Classifier, share: float, batch: Batch) -> Batch:
-        """A batch with this share of each sentence masked."""
-        return masked_more(batch[0], self.importance(model, batch), share, MASK), batch[1]
-
-    def by_gradient(
-        self, logits: Callable[[Tensor], Tensor], embedded: Tensor, labels: Tensor, table: Tensor
-    ) -> Tensor:
-        """Importance of embeddings ``[B, N, width]`` of a table ``[vocab, width]``, by measures that differentiate."""
-        if self.measure == "integrated gradient":
-            return integrated(logits, embedded, labels, self.samples).abs()
-        found = gradient(logits, embedded, labels)
-        if self.measure == "gradient":
-            return (found @ table.detach().T).norm(dim=-1)
-        return (found * embedded.detach()).sum(-1).abs()
 
     def claim(self) -> ClaimNumbers:
         """Curves of all measures on classifiers of opinions, and the areas between them and random masks."""
@@ -156,8 +110,10 @@ def curve(system: RecursiveROAR, seed: int = 0) -> list[float]:
         result = compete({"classifier": Classifier}, task, Recipe(steps=100, seeds=(seed,)))
         found += result.scores["classifier"]
         if number < ROUNDS:
-            more = partial(system.masked, result.models["classifier"][0].eval(), number * system.step)
-            train, test = [more(batch) for batch in train], [more(batch) for batch in test]
+            model, share = result.models["classifier"][0].eval(), number * system.step
+            for data in (train, test):
+                scores = [of_classifier(model, *batch, system.measure, system.samples) for batch in data]
+                data[:] = [(masked_more(x, by, share, MASK), y) for (x, y), by in zip(data, scores, strict=True)]
     praise = torch.cat([y for _, y in test]).float().mean().item()
     return [*found, max(praise, 1 - praise)]
 

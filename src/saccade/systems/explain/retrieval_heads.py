@@ -21,7 +21,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -33,14 +33,13 @@ from ...core import edits
 from ...core.errors import SpecError
 from ...core.stats import Rows
 from ...core.tile import At
-from ...hosts.handles import edit, watch
+from ...hosts.handles import watch
 from ...worlds.text import Example
 from ..base import ClaimNumbers, MethodSystem
+from ._heads import Heads, edited, pairs
 
 THRESHOLD = 0.1  # a retrieval head's score is above this
 SPARSE, BROKEN, INTACT = 0.05, 0.5, 0.9  # fewer heads than this; recall left without them, and without others
-
-Heads = Sequence[tuple[int, int]]
 
 
 class RetrievalHeads(MethodSystem):
@@ -56,11 +55,7 @@ class RetrievalHeads(MethodSystem):
 
     def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Mask the heads while the model answers. Raises SpecError if the model has no such layer or head."""
-        with ExitStack() as stack:
-            for layer in sorted({layer for layer, _ in self.heads}):
-                blind = [head for at, head in self.heads if at == layer]
-                stack.enter_context(edit(model, AllAlike(), layers=layer, heads=blind))
-            return stack.pop_all()
+        return edited(model, AllAlike(), self.heads)
 
     def claim(self) -> ClaimNumbers:
         """Scores on needles in 256 to 1024 tokens; recall in 512 without these heads, and without as many others."""
@@ -118,11 +113,6 @@ def retrieval_scores(model: Any, examples: Iterable[Example]) -> Tensor:
     if not passed:
         raise SpecError("the model passes none of the needle tests, so no head can be seen to copy")
     return torch.stack(passed).mean(0)
-
-
-def pairs(scores: Tensor) -> list[tuple[int, int]]:
-    """Every (layer, head) of scores ``[layers, heads]``."""
-    return [(layer, head) for layer in range(len(scores)) for head in range(scores.shape[1])]
 
 
 def retrieval_heads(scores: Tensor, threshold: float = THRESHOLD) -> list[tuple[int, int]]:

@@ -25,32 +25,20 @@ its likeliest next token.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..base import ClaimNumbers, MethodSystem
-from ._classifier import SIZES, Classifier, held, integrated, objective, opinions, right
-from .recursive_roar import RecursiveROAR
+from ._classifier import Classifier, held, objective, opinions, right
+from ._importance import integrated, of_model
+from ._sentences import Said, guess, prompt, read, read_prompt, written
 
 BEST = 5  # candidates of each search
-SENTENCE = re.compile(
-    r"The (?:word|phrase) » (.+?) « (?:is most important for the prediction|is also salient) \((\d+) %\)"
-)
-SCORED = re.compile(r"(\S+) \((-?\d+\.\d\d)\)")
 SIMULATED = 0.1  # by how much a reader must guess more predictions than from random maps
-
-
-class Said(NamedTuple):
-    """What one sentence says: the words and their coverage in percent."""
-
-    words: list[str]
-    percent: int
 
 
 class SaliencyVerbalization(MethodSystem):
@@ -68,7 +56,7 @@ class SaliencyVerbalization(MethodSystem):
         """Gives a function of tokens ``[1, N]`` and their words that says why the next token is the likeliest."""
 
         def explain(tokens: Tensor, words: Sequence[str]) -> str:
-            saliency = RecursiveROAR("input x gradient").of_model(model, tokens)[0]
+            saliency = of_model(model, tokens, "input x gradient")[0]
             return self.verbalize(words, saliency.tolist())
 
         return nullcontext(explain)
@@ -83,18 +71,12 @@ class SaliencyVerbalization(MethodSystem):
             found |= {i for at in best for i in at}
         joined: list[list[int]] = []
         for i in sorted(found):
-            if joined and joined[-1][-1] == i - 1:
-                joined[-1].append(i)
-            else:
-                joined.append([i])
-        shares = torch.tensor([coverage(span, saliency) for span in joined], dtype=torch.float64)
-        bar = float(shares.quantile(0.75))
-        said = sorted((-float(share), span) for share, span in zip(shares, joined, strict=True) if float(share) >= bar)
-        return " ".join(
-            f"The {'phrase' if len(span) > 1 else 'word'} » {' '.join(words[i] for i in span)} «"
-            f" {'is also salient' if rank else 'is most important for the prediction'} ({round(-100 * share)} %)."
-            for rank, (share, span) in enumerate(said)
-        )
+            if not joined or joined[-1][-1] < i - 1:
+                joined.append([])
+            joined[-1].append(i)
+        covered = sorted(((coverage(span, saliency), span) for span in joined), key=lambda one: -one[0])
+        bar = float(torch.tensor([share for share, _ in covered], dtype=torch.float64).quantile(0.75))
+        return written([Said([words[i] for i in span], round(100 * x)) for x, span in covered if x >= bar])
 
     def convolution(self, saliency: Sequence[float]) -> Iterable[tuple[int, ...]]:
         """Places of candidates that need not be neighbours."""
@@ -121,10 +103,10 @@ class SaliencyVerbalization(MethodSystem):
         """Predictions of a classifier of opinions: are the numbers in the text, and can a reader guess from it?"""
         from ...study.trainer import Recipe, Task, compete
         from ...worlds.grammar import words
+        from ...worlds.opinions import SIZES
 
-        result = compete(
-            {"classifier": Classifier}, Task(opinions, objective, held, right, "accuracy"), Recipe(250, seeds=(0,))
-        )
+        task = Task(opinions, objective, held, right, "accuracy")
+        result = compete({"classifier": Classifier}, task, Recipe(250, seeds=(0,)))
         model, names = result.models["classifier"][0].eval(), list(words(SIZES))
         errors, guessed, by_chance, scores = [], [], [], []
         source = torch.Generator().manual_seed(0)
@@ -161,39 +143,7 @@ def coverage(at: Iterable[int], saliency: Sequence[float]) -> float:
     return max(0.0, sum(saliency[i] for i in at) / sum(a for a in saliency if a > 0))
 
 
-def read(text: str) -> list[Said]:
-    """What the sentences of a verbalization say."""
-    return [Said(words.split(" "), int(percent)) for words, percent in SENTENCE.findall(text)]
-
-
-def prompt(words: Sequence[str], saliency: Sequence[float], task: str, label: str) -> str:
-    """What a language model is asked for a verbalization; words must hold no blanks."""
-    listed = " ".join(f"{word} ({score:.2f})" for word, score in zip(words, saliency, strict=True))
-    return (
-        f"A text with importance scores: {listed}\nA classifier ({task}) saw this text without the scores and said"
-        f" '{label}'. Behind each word stands how important it was for that. Explain briefly, by the scores, why it"
-        f" said '{label}'."
-    )
-
-
-def read_prompt(text: str) -> list[tuple[str, float]]:
-    """The words and scores of a prompt."""
-    return [(word, float(score)) for word, score in SCORED.findall(text.partition("\n")[0])]
-
-
 def places(one: Said, text: Sequence[str], saliency: Sequence[float]) -> list[float]:
     """Coverage of a sentence's words at every place of the text where they stand in a row."""
     size = len(one.words)
     return [coverage(range(i, i + size), saliency) for i in range(len(text)) if list(text[i : i + size]) == one.words]
-
-
-def guess(said: Sequence[Said]) -> int:
-    """What a reader who knows the words' meaning thinks was predicted: 1 for praise, 0 for blame or no idea.
-
-    Even adjectives praise and odd ones blame, by the coverage of their sentence; "not" (adv0) turns its sentence.
-    """
-    opinion = 0.0
-    for words, percent in said:
-        adjectives = sum(1 - 2 * (int(word[3:]) % 2) for word in words if word.startswith("adj"))
-        opinion += percent * adjectives * (-1 if "adv0" in words else 1)
-    return int(opinion > 0)

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from ...core.errors import Unsupported
 from ..base import ClaimNumbers, MethodSystem
-from ._convolutional import covering, passing, pictures, trained
+from ._convolutional import covering, pictures, trained
+from ._passing import passing
 
 PASSED = (nn.ReLU, nn.Flatten, nn.Dropout, nn.Identity)
 SHARED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)

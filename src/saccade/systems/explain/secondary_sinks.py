@@ -30,6 +30,8 @@ from ...core.errors import Unsupported
 from ...hosts.handles import Watching, watch
 from ...study.atlas import REACH, FarMass
 from ..base import ClaimNumbers, MethodSystem
+from ._passing import passing
+from ._planted_sinks import planted
 
 ALIGNED = 0.9  # cosine from which a direction is the same, as in the official code
 LENGTH, TEXTS = 512, 8
@@ -93,24 +95,14 @@ class SecondarySinks(MethodSystem):
         Raises:
             Unsupported: the model's layers have no ``mlp``.
         """
-        blocks = [model.get_submodule(site.path.rpartition(".")[0]) for site in self.apply(model).sites]
-        if not all(isinstance(getattr(block, "mlp", None), nn.Module) for block in blocks):
+        with self.apply(model) as watching:
+            mlps = [f"{site.path.rpartition('.')[0]}.mlp" for site in watching.sites]
+        if not {*mlps} <= {path for path, _ in model.named_modules()}:
             raise Unsupported(f"{type(model).__name__} has no mlp beside its attention, where a sink could come from")
-        added: dict[int, Tensor] = {}
-        hooks = [
-            block.mlp.register_forward_hook(lambda module, args, out, i=i: added.__setitem__(i, out[0]))
-            for i, block in enumerate(blocks)
-        ]
-        try:
+        with passing(model, lambda path, module: path in mlps) as passed:
             hidden = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-        finally:
-            for hook in hooks:
-                hook.remove()
-        similar = nn.functional.cosine_similarity
-        return [
-            float(similar(added[sink.first - 1][sink.key], hidden[sink.first][0, primary.key], dim=0))
-            for sink in secondary
-        ]
+        pairs = [(passed[mlps[x.first - 1]][1][0, x.key], hidden[x.first][0, primary.key]) for x in secondary]
+        return [float(nn.functional.cosine_similarity(added, main, dim=0)) for added, main in pairs]
 
     def claim(self) -> ClaimNumbers:
         """Sinks planted in the MLPs of a model, and those of three trained models, with their levels and origins."""
@@ -123,15 +115,13 @@ class SecondarySinks(MethodSystem):
         marked[0, 0], marked[0, 40], marked[0, 200] = 1, 2, 3
         levels, origins = self._look(planted(), marked)
         found = levels == [(40, 2, 3), (200, 3, 2)]
-        numbers: dict[str, Any] = {
-            "planted": [list(level) for level in levels],
-            "planted_origin": round(min(origins), 3),
-        }
+        origin = min(origins, default=0.0)
+        numbers: dict[str, Any] = {"planted": levels, "planted_origin": round(origin, 3)}
         texts, aligned = 0, []
         for name in ("lm", "lm-small", "lm-tiny"):
             model = AutoModelForCausalLM.from_pretrained(zoo.path(name), dtype=torch.float32).eval()
             seen = [self._look(model, example.tokens[None]) for example in islice(text(LENGTH, "sinks"), TEXTS)]
-            numbers[name] = [[list(level) for level in levels] for levels, _ in seen]
+            numbers[name] = [levels for levels, _ in seen]
             texts += sum(bool(levels) for levels, _ in seen)
             aligned += [cosine for _, cosines in seen for cosine in cosines]
         share = sum(cosine > ALIGNED for cosine in aligned) / len(aligned) if aligned else 0.0
@@ -143,7 +133,7 @@ class SecondarySinks(MethodSystem):
             f" texts of {LENGTH} bytes trained models have secondary sinks, {len(aligned)} in all; {share:.0%} of them"
             " come from an MLP.",
             planted_are_found=found,
-            planted_come_from_the_mlp=min(origins) > ALIGNED,
+            planted_come_from_the_mlp=origin > ALIGNED,
             trained_models_have_some=texts > 3 * TEXTS / 2,
             these_come_from_the_mlp=share > 0.5,
         )
@@ -156,39 +146,3 @@ class SecondarySinks(MethodSystem):
         primary, secondary = self.sinks(watching)
         levels = [(sink.key, sink.first, sink.layers) for sink in secondary]
         return levels, self.origins(model, tokens, primary, secondary) if secondary else []
-
-
-@torch.no_grad()
-def planted() -> Any:
-    """A Llama of six layers in which token 1 is a sink from layer 1 on, 2 in layers 2 to 4, 3 in layers 3 and 4.
-
-    Directions of the residual stream: 0 is the sink's, to which all queries look; 1 to 3 mark the tokens, 4 is in all.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    width, size, large = 32, 8, 20.0
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=width, intermediate_size=4, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=size, max_position_embeddings=LENGTH, rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.zero_()
-    embedding = model.model.embed_tokens.weight
-    embedding[:, 4] = 1
-    for token in (1, 2, 3):
-        embedding[token, token] = 2
-    for layer in model.model.layers:
-        still = torch.arange(4) * size + size // 2 - 1  # of each head the pair that turns the least
-        layer.self_attn.q_proj.weight[still, 4] = 8.0
-        layer.self_attn.k_proj.weight[still, 0] = 8.0
-    # An MLP's unit for a token: silu(10 x) * x of the marked direction x, times what makes it the wanted number.
-    for layer, token, before, wanted in ((0, 1, 0, large), (1, 2, 0, large), (2, 3, 0, large), (4, 2, large, -large),
-                                         (4, 3, large, -large)):  # fmt: skip
-        mlp, unit = model.model.layers[layer].mlp, token
-        x = 2 / ((before**2 + 4 + 1) / width) ** 0.5
-        mlp.gate_proj.weight[unit, token], mlp.up_proj.weight[unit, token] = 10, 1
-        mlp.down_proj.weight[0, unit] = wanted / float(nn.functional.silu(torch.tensor(10 * x)) * x)
-    return model

@@ -16,9 +16,9 @@ of it. Where query heads share key heads and no longer as many each, every query
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -26,11 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.errors import SpecError, Unsupported
+from ...core.errors import SpecError
 from ..base import ClaimNumbers, MethodSystem
-from ._heads import heads, projections
-
-Heads = Sequence[tuple[int, int]]
+from ._heads import Heads, heads, pairs, refuse_others
+from ._removed import removed
 
 LENGTH, TEXTS = 256, 24
 SAME = 0.01  # of the score: a drop by less is not noticeable
@@ -51,7 +50,7 @@ class SixteenHeads(MethodSystem):
 
     def apply(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Silence the heads. Raises SpecError if the model has no such layer or head."""
-        _refuse_others(model, self.heads)
+        refuse_others(model, self.heads)
         silent = list(self.heads)
 
         def silence(layer: int, z: Tensor) -> Tensor | None:
@@ -60,6 +59,7 @@ class SixteenHeads(MethodSystem):
 
         return heads(model, silence)
 
+    @torch.no_grad()
     def claim(self) -> ClaimNumbers:
         """Prose read by the embedded model: each head silent alone, more and more of them, half of them removed."""
         from ...study import probes
@@ -84,7 +84,8 @@ class SixteenHeads(MethodSystem):
                 curve[len(gone) / len(order)] = float(right(model, tests).mean())
         half = removed(model, spared(order, 0.5))
         prompt = next(text(2048, "speed")).tokens[None]
-        work = {name: _prefill(one, prompt) for name, one in (("all", model), ("half", half))}
+        prefill = {"use_cache": False, "logits_to_keep": 1}
+        work = {name: partial(one, prompt, **prefill) for name, one in (("all", model), ("half", half))}
         faster = interleaved(work, 5).ratio("all", "half")
         score = float(dense.mean())
         kept = [share for share, found in curve.items() if found >= score * (1 - SAME)]
@@ -118,7 +119,7 @@ def importance(model: Any, batches: Iterable[Tensor]) -> Tensor:
 
         with torch.enable_grad(), heads(model, keep):
             logits = model(tokens, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         grads = torch.autograd.grad(loss, seen)
         found = torch.stack([(z * g).sum(-1).abs().sum((0, 1)) for z, g in zip(seen, grads, strict=True)]).detach()
         total = found if total is None else total + found
@@ -129,8 +130,7 @@ def importance(model: Any, batches: Iterable[Tensor]) -> Tensor:
 
 def ranked(scores: Tensor) -> list[tuple[int, int]]:
     """All (layer, head) pairs, the least important first."""
-    pairs = [(layer, head) for layer in range(len(scores)) for head in range(scores.shape[1])]
-    return sorted(pairs, key=lambda pair: float(scores[pair]))
+    return sorted(pairs(scores), key=lambda pair: float(scores[pair]))
 
 
 def spared(order: Heads, share: float) -> list[tuple[int, int]]:
@@ -145,65 +145,3 @@ def right(model: Any, texts: Tensor) -> Tensor:
     """Share of right next tokens in each of ``[B, N]``."""
     said = torch.cat([model(some, use_cache=False).logits[:, :-1].argmax(-1) for some in texts.split(4)])
     return (said == texts[:, 1:]).double().mean(1)
-
-
-@torch.no_grad()
-def removed(model: nn.Module, gone: Heads) -> Any:
-    """A copy of a transformers model without some heads, which says what it says with these silent.
-
-    Raises:
-        SpecError: there is no such head, or none is left of a layer.
-        Unsupported: its attention does not consist of ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
-    """
-    _refuse_others(model, gone)
-    smaller = copy.deepcopy(model)
-    for site, out in projections(smaller):
-        module: Any = site.module
-        mine = {head for layer, head in gone if layer == site.layer}
-        if not mine:
-            continue
-        if not all(isinstance(getattr(module, f"{x}_proj", None), nn.Linear) for x in "qkv"):
-            raise Unsupported(f"{site.path} ({type(module).__name__}) has no q_proj, k_proj and v_proj to cut")
-        left = [head for head in range(site.heads) if head not in mine]
-        if not left:
-            raise SpecError(f"none of the {site.heads} heads of {site.path} would be left")
-        size = out.in_features // site.heads
-        rep = site.heads // (module.k_proj.out_features // size)
-        keys = [head // rep for head in left]
-        groups = sorted(set(keys))
-        counts = {keys.count(group) for group in groups}
-        shared = len(counts) == 1  # every key head that is left has as many query heads
-        module.q_proj = _rows(module.q_proj, left, size)
-        for name in ("k_proj", "v_proj"):
-            setattr(module, name, _rows(getattr(module, name), groups if shared else keys, size))
-        module.num_key_value_groups = counts.pop() if shared else 1
-        columns = torch.cat([torch.arange(h * size, (h + 1) * size) for h in left]).to(out.weight.device)
-        out.weight = nn.Parameter(out.weight[:, columns])
-        out.in_features = len(columns)
-    return smaller
-
-
-def _rows(linear: nn.Linear, heads: Sequence[int], size: int) -> nn.Linear:
-    """A projection onto some heads alone."""
-    rows = torch.cat([torch.arange(h * size, (h + 1) * size) for h in heads]).to(linear.weight.device)
-    linear.weight = nn.Parameter(linear.weight[rows])
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[rows])
-    linear.out_features = len(rows)
-    return linear
-
-
-def _refuse_others(model: nn.Module, pairs: Heads) -> None:
-    """Refuse heads that are not there."""
-    there = {site.layer: site.heads for site, _ in projections(model)}
-    wrong = [pair for pair in pairs if not 0 <= pair[1] < there.get(pair[0], 0)]
-    if wrong:
-        raise SpecError(f"heads must be (layer, head) pairs of {there} (layer: heads); got {wrong}")
-
-
-def _prefill(model: Any, prompt: Tensor) -> Any:
-    @torch.no_grad()
-    def call() -> None:
-        model(prompt, use_cache=False, logits_to_keep=1)
-
-    return call

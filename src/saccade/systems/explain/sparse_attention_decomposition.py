@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from ...hosts.acts import Site
 from ..base import ClaimNumbers, MethodSystem
 from ._directions import FIRES, firings, least, omega, read, terms_of
-from ._heads import projections
+from ._heads import pairs, projections
 from ._prompts import KNOWN, ask
 from .circuit_reuse import looks
-from .retrieval_heads import pairs
 
 FEW = 0.25  # of a head's directions
 

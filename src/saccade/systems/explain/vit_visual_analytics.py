@@ -21,8 +21,6 @@ size of the autoencoder (two layers each way, 8 numbers between them, on centred
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,11 +28,10 @@ from torch import Tensor, nn
 
 from ...core.edits import Zero
 from ...core.errors import SpecError
-from ...core.stats import Rows, Stat
-from ...core.tile import Tile
 from ...hosts.handles import Watching, edit, watch
 from ..base import ClaimNumbers, MethodSystem
-from ..linear._grid import sides
+from ._heads import edited
+from ._patches import Hops, Maps
 from ._patterns import CODE, learned
 
 METRICS = ("drop", "divergence", "flips")
@@ -53,7 +50,7 @@ class VitVisualAnalytics(MethodSystem):
 
     def apply(self, model: nn.Module) -> Watching:
         """Watch a model, which answers as it would; see :meth:`strengths` and :meth:`maps`. Maps hold all weights."""
-        return watch(model, Hops(self.columns, self.prefix), Maps([]), kind="self")
+        return watch(model, Hops(self.columns, self.prefix), Maps(), kind="self")
 
     @torch.no_grad()
     def importance(self, model: nn.Module, pixels: Tensor, labels: Tensor, part: str = "whole") -> Tensor:
@@ -100,19 +97,12 @@ class VitVisualAnalytics(MethodSystem):
             "Strength by hops": (found["strengths"], [f"layer {site.layer}" for site in watching.sites]),
             "Attention patterns": (found["patterns"].maps, [f"pattern {i}" for i in range(self.patterns)]),
         }
-        parts = []
-        for title, (images, names) in pictures.items():
-            figure, axes = plots.figure(-(-len(images) // 4), 4)
-            for axis, image, name in zip(axes, images, names, strict=False):
-                axis.imshow(image.tolist(), aspect="auto")
-                axis.set_title(name)
-            for axis in axes[len(images) :]:
-                axis.set_visible(False)
-            parts.append(plots.svg(figure, axes[0], title, f"{title} of {type(model).__name__}"))
+        of = type(model).__name__
+        parts = [plots.matrices(*shown, title, f"{title} of {of}") for title, shown in pictures.items()]
         return found, Page("Heads of a vision transformer", INTRO, parts, self.slug, 0.0)
 
     def claim(self) -> ClaimNumbers:
-        """The report of the shipped model: is what it calls important so, and do its parts add up?"""
+        """The report of the shipped model: is what it calls important so, and do codes tell its maps?"""
         from transformers import ViTForImageClassification
 
         from ... import zoo
@@ -121,18 +111,18 @@ class VitVisualAnalytics(MethodSystem):
 
         model = ViTForImageClassification.from_pretrained(zoo.path("vit")).eval()
         seen, fresh = (batch(shapes(seed), 128) for seed in ("analytics", "analytics/fresh"))
-        found, page = self.report(model, normalized(seen.pixels), seen.classes[:, 0])
+        found, _ = self.report(model, normalized(seen.pixels), seen.classes[:, 0])
         order = found["importance"][..., 1].flatten().argsort(descending=True).tolist()
         heads, half = model.config.num_attention_heads, len(order) // 2
 
         @torch.no_grad()
         def right(without: list[int]) -> float:
-            with zeroed(model, [divmod(place, heads) for place in without]):
+            with edited(model, Zero(), [divmod(place, heads) for place in without]):
                 said = says(model, normalized(fresh.pixels)).argmax(-1)
             return float((said == fresh.classes[:, 0]).float().mean())
 
         numbers = {"all": right([]), "without_important": right(order[:half]), "without_others": right(order[half:])}
-        numbers |= {"explained": found["patterns"].explained, "parts": len(page.parts)}
+        numbers |= {"explained": found["patterns"].explained}
         return ClaimNumbers.decide(
             {name: round(value, 3) for name, value in numbers.items()}
             | {"divergence": [[round(x, 4) for x in layer] for layer in found["importance"][..., 1].tolist()]}
@@ -142,7 +132,6 @@ class VitVisualAnalytics(MethodSystem):
             f" {numbers['explained']:.0%} of the variance of maps of other pictures.",
             important_heads_matter_more=numbers["without_important"] < numbers["without_others"],
             codes_tell_half_of_the_maps=numbers["explained"] > 0.5,
-            all_three_are_shown=numbers["parts"] == 3,
         )
 
 
@@ -158,44 +147,3 @@ def changes(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
     divergence = sum((torch.xlogy(p, p) - torch.xlogy(p, middle)).sum(-1) / 2 for p in (before, after))
     drop = (before - after).gather(1, labels[:, None])[:, 0]
     return torch.stack([drop, torch.as_tensor(divergence), (before.argmax(-1) != after.argmax(-1)).float()]).mean(1)
-
-
-@contextmanager
-def zeroed(model: nn.Module, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
-    """Some heads, by layer and number, give nothing."""
-    with ExitStack() as stack:
-        for layer, head in heads:
-            stack.enter_context(edit(model, Zero(), layers=layer, heads=head))
-        yield
-
-
-class Maps(Rows):
-    """All rows: ``[B, H, N, N]``, to be had of short sequences alone."""
-
-    def chosen(self, n: int) -> list[int]:
-        """Every query."""
-        return list(range(n))
-
-
-class Hops(Stat):
-    """Weight of a query's patches by how far they are along the farther axis: ``[B, H, N, hops]``, from 0 hops."""
-
-    def __init__(self, columns: int | None = None, prefix: int = 0, name: str | None = None):
-        super().__init__(name)
-        self.columns, self.prefix = columns, prefix
-
-    def see(self, tile: Tile) -> tuple[Tensor, ...]:
-        """Sums over the tile's keys."""
-        at, wide = tile.at, self._grid(tile.at.m)[1]
-        key, query = at.k - self.prefix, at.row - self.prefix
-        away = torch.maximum((key % wide - query % wide).abs(), (key // wide - query // wide).abs())
-        away = torch.where(key < 0, -1, away)
-        return (torch.stack([(tile.weights * (away == k)).sum(-1) for k in range(self.widths(at.m)[0][0])], -1),)
-
-    def widths(self, m: int) -> tuple[tuple[int, ...], ...]:
-        """As many as the longer side has patches."""
-        return ((max(self._grid(m)),),)
-
-    def _grid(self, m: int) -> tuple[int, int]:
-        patches = max(m - self.prefix, 1)
-        return (-(-patches // self.columns), self.columns) if self.columns else sides(patches)

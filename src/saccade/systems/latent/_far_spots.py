@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._training import train
 from .fit import FIT, group_size
 
 SIDE, SPOT, COLOURS = 16, 4, 4  # patches of the sides of an image and of its spots, colours of these
@@ -56,6 +55,8 @@ def images(count: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def taught(model: nn.Module, steps: int = 300) -> float:
     """Accuracy on unseen images after a short training."""
+    from ...study.trainer import train
+
     source = torch.Generator().manual_seed(0)
 
     def loss() -> Tensor:

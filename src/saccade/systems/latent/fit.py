@@ -19,6 +19,8 @@ attention, an output embedding of its own and a second feature of the time are l
 the official code, which gives no other sizes: those here are small. How the paper words its rule for the size of a
 group was not at hand; the rule here is what its exponent asks for. ``build`` gives the attention of a local layer over
 tokens that were not grouped.
+
+Blocks are in :mod:`._interleaved`, the three forms in :mod:`._fit_forms`.
 """
 
 from __future__ import annotations
@@ -29,16 +31,13 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ...core import masks
 from ...core.errors import SpecError
 from ...core.spec import Attention
 from ..base import ClaimNumbers, Promises, System
-from ._layers import Layer, perceptron
+from ._fit_forms import Decoder, Denoiser, Encoder
 
-EPS = 1e-6
 LENGTHS = 512, 4096, 32768  # of the claim, whose work is counted
 SLACK, MARGIN, PARITY = 0.05, 0.1, 0.02  # allowed of the exponent, asked above the blind, allowed below dense
 
@@ -94,6 +93,7 @@ class FIT(System):
     def claim(self) -> ClaimNumbers:
         """Growth of the attention's work under the rule; quality and time beside dense where far patches matter."""
         from ...study.claims import interleaved
+        from ...study.measure import attention_work
         from ._far_spots import BLIND, LATENTS, LAYERS, SIDE, Classifier, images, taught
 
         work = {}
@@ -134,176 +134,3 @@ class FIT(System):
                 f'FIT: layers must be like "(2)4(2)", global layers in all blocks but the last; got {text!r}'
             )
         return found
-
-
-class Block(nn.Module):
-    """Local layers, and unless there are no global ones: read, heed conditions, global layers, write if not last."""
-
-    def __init__(self, system: FIT, local: int, total: int, causal: bool, conditions: bool, last: bool):
-        super().__init__()
-        wide, deep = system.width, system.latent_width
-        own = partial(Layer, activation=nn.GELU(), eps=EPS)
-        cross = partial(
-            own, heads=min(system.heads, system.latent_heads), spec=Attention(), inner=min(wide, deep), widen=0
-        )
-        inside = Attention(mask=masks.Causal() if causal else None)
-        among = Attention(mask=masks.Causal() | masks.Blocks(system.latents) if causal or system.ordered else None)
-        self.causal = causal
-        self.local = nn.ModuleList([own(wide, system.heads, inside) for _ in range(local)])
-        self.read = cross(deep, source=wide) if total else None
-        told = partial(cross, heads=system.latent_heads, inner=deep)
-        self.heed = told(deep, source=deep) if total and conditions else None
-        self.among = nn.ModuleList([own(deep, system.latent_heads, among) for _ in range(total)])
-        self.write = None if last else cross(wide, source=deep)
-
-    def forward(self, x: Tensor, z: Tensor, conditions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B T, n, width]`` and latents ``[B, T, m, latent_width]`` after this block."""
-        for layer in self.local:
-            x = layer(x)
-        if self.read is None:
-            return x, z
-        shape = z.shape
-        z = self.read(z.flatten(0, 1), x).view(shape).flatten(1, 2)
-        if self.heed is not None:
-            z = self.heed(z, conditions)
-        for layer in self.among:
-            z = layer(z)
-        z = z.view(shape)
-        if self.write is not None:
-            # a group's latents have read its last tokens: as a decoder, only later groups may read them
-            before = F.pad(z[:, :-1], (0, 0, 0, 0, 1, 0)) if self.causal else z
-            x = self.write(x, before.flatten(0, 1))
-        return x, z
-
-
-class Trunk(nn.Module):
-    """What the three forms share: positions, latents and blocks."""
-
-    def __init__(self, system: FIT, groups: int, form: str):
-        super().__init__()
-        self.places = nn.Parameter(torch.empty(system.group, system.width))
-        self.latents = nn.Parameter(torch.empty(groups, system.latents, system.latent_width))
-        blocks = system.blocks()
-        self.blocks = nn.ModuleList(
-            [
-                Block(system, local, total, form == "decoder", form == "denoiser", i == len(blocks) - 1)
-                for i, (local, total) in enumerate(blocks)
-            ]
-        )
-        self.norm = nn.LayerNorm(system.width, EPS)
-
-    def initialize(self) -> None:
-        """Weights as Keras draws them: uniform, for heads by its count of a kernel of three dimensions; no biases."""
-        self.apply(_initialize)
-        for drawn in (self.places, self.latents):
-            _cut_normal(drawn)
-
-    def run(self, x: Tensor, more: Tensor | float = 0, conditions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Normed tokens ``[B, T, n, width]`` and latents ``[B, T, m, latent_width]``, to which ``more`` is added."""
-        expected = (len(self.latents), *self.places.shape)
-        if x.shape[1:] != expected:
-            raise SpecError(f"FIT: expected [B, groups, group, width] = [B, {expected}]; got {tuple(x.shape)}")
-        groups = x.shape[:2]
-        x = (x + self.places).flatten(0, 1)
-        z = (self.latents + more).expand(groups[0], *self.latents.shape)
-        for block in self.blocks:
-            x, z = block(x, z, conditions)
-        return self.norm(x).unflatten(0, groups), z
-
-
-class Encoder(Trunk):
-    """The form that reads vectors."""
-
-    def __init__(self, system: FIT, inputs: int, groups: int):
-        super().__init__(system, groups, "encoder")
-        self.stem = nn.Sequential(nn.Linear(inputs, system.width), nn.LayerNorm(system.width, EPS))
-        self.norm_latents = nn.LayerNorm(system.latent_width, EPS)
-        self.initialize()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, T, n, width]`` and latents ``[B, T, m, latent_width]`` of ``[B, T, n, inputs]``."""
-        x, z = self.run(self.stem(x))
-        return x, self.norm_latents(z)
-
-
-class Denoiser(Trunk):
-    """The form that takes noise out of vectors, told a time and conditions, and by its latents of the step before."""
-
-    def __init__(self, system: FIT, inputs: int, conditions: int, groups: int):
-        super().__init__(system, groups, "denoiser")
-        width = system.latent_width
-        self.stem = nn.Sequential(nn.Linear(inputs, system.width), nn.LayerNorm(system.width, EPS))
-        self.time = nn.Sequential(nn.Linear(width // 4, width), nn.SiLU(), nn.Linear(width, width))
-        self.conditions = nn.Linear(conditions, width)
-        self.previous, self.norm_previous = perceptron(width, 4, nn.GELU(), EPS), nn.LayerNorm(width, EPS)
-        self.out = nn.Linear(system.width, inputs)
-        self.initialize()
-        nn.init.zeros_(self.norm_previous.weight)
-
-    def forward(
-        self, x: Tensor, time: Tensor, conditions: Tensor, previous: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Output ``[B, T, n, inputs]``, and latents for the next call; time ``[B]``, conditions ``[B, S, C]``."""
-        clock = self.time(_clock(1000 * time, self.latents.shape[-1] // 4))
-        told = torch.cat([clock[:, None], self.conditions(conditions)], 1)
-        old = torch.zeros_like(self.latents) if previous is None else previous
-        x, z = self.run(self.stem(x), self.norm_previous(old + self.previous(old)), told)
-        return self.out(x), z
-
-
-class Decoder(Trunk):
-    """The form that says the next token, groups one after the other."""
-
-    def __init__(self, system: FIT, vocabulary: int, groups: int):
-        super().__init__(system, groups, "decoder")
-        self.embed = nn.Embedding(vocabulary, system.width)
-        self.bias = nn.Parameter(torch.empty(vocabulary))
-        self.initialize()
-        for drawn in (self.embed.weight, self.bias):
-            _cut_normal(drawn)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, T, n, vocabulary]`` of what follows each of the tokens ``[B, T, n]``."""
-        return self.run(self.embed(tokens))[0] @ self.embed.weight.T + self.bias
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    if isinstance(module, Layer):
-        for part in (module.q, module.k, module.v):
-            bound = math.sqrt(6 / (part.in_features * (module.heads + part.out_features // module.heads)))
-            nn.init.uniform_(part.weight, -bound, bound)
-        bound = math.sqrt(6 / (module.out.in_features + module.heads * module.out.out_features))
-        nn.init.uniform_(module.out.weight, -bound, bound)
-
-
-def _cut_normal(x: Tensor) -> None:
-    nn.init.trunc_normal_(x, std=0.02, a=-0.04, b=0.04)
-
-
-def _clock(time: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of times ``[B]``, ``[B, width]``, each row of mean 0 and deviation 1."""
-    angle = time[:, None] * 10_000.0 ** (-torch.arange(0, width, 2, device=time.device) / width)
-    code = torch.cat([angle.sin(), angle[:, : width // 2].cos()], -1)
-    return (code - code.mean(-1, keepdim=True)) / code.std(-1, correction=0, keepdim=True)
-
-
-def attention_work(model: nn.Module, *inputs: Tensor) -> int:
-    """Operations of the products of scores and of values in every attention of a model, hidden pairs included."""
-    total = 0
-
-    def count(spec: nn.Module, given: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
-        nonlocal total
-        q, k, v = given
-        total += 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-
-    hooks = [part.register_forward_hook(count) for part in model.modules() if isinstance(part, Attention)]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total

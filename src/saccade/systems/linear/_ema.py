@@ -10,9 +10,13 @@ so ``gamma . h`` is a convolution of x with ``kernel[l] = sum over n of gamma p 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ...nn import KVCache
 
 
 class DampedEMA(nn.Module):
@@ -69,6 +73,20 @@ class DampedEMA(nn.Module):
         return torch.einsum("dn,dnl->dl", written * read, powers(kept, length))
 
 
+@dataclass
+class AverageCache:
+    """What decoding needs that attends over the average: its state, and the keys and values that are still seen."""
+
+    seen: KVCache
+    average: Tensor | None = None
+    length: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.seen.nbytes + (0 if self.average is None else self.average.nbytes)
+
+
 def powers(base: Tensor, count: int) -> Tensor:
     """``base ** l`` for l = 0 ... count - 1 as a last dimension; base lies in 0 ... 1."""
     log = base.clamp(min=torch.finfo(base.dtype).tiny).log()  # of 0 it would be infinite, and 0 ** 0 no number
@@ -80,3 +98,18 @@ def convolved(x: Tensor, kernel: Tensor) -> Tensor:
     n = x.shape[-1]
     spectrum = torch.fft.rfft(x, n=2 * n) * torch.fft.rfft(kernel, n=2 * n)
     return torch.fft.irfft(spectrum, n=2 * n)[..., :n]
+
+
+@torch.no_grad()
+def forms_apart(tokens: int = 4096) -> float:
+    """Greatest difference of the average token by token from that of the whole, of the greatest value."""
+    source = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        average = DampedEMA(32)
+    x, state, steps = torch.randn(1, tokens, 32, generator=source), None, []
+    for token in x.split(1, 1):
+        steps.append(average(token, state))
+        state = average.after(token, state)
+    whole = average(x)
+    return float((torch.cat(steps, 1) - whole).abs().max() / whole.abs().max())

@@ -37,8 +37,8 @@ from ...core.errors import SpecError
 from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
 from ._grid import GridLayer
+from ._grid_bias import GridBias
 
-BLOCK = 7  # a side of the picture that a bias is stretched from
 AGENTS = 16  # of the claim
 LONG = 4096  # tokens of the timing: 64 x 64, as in the first layers of Stable Diffusion
 KEPT = 0.95  # of a trained model's accuracy, with agents put in and no training
@@ -91,24 +91,20 @@ class Agent(LayerSystem):
         result = learn({"softmax": None, "plain": plain(), "agent": Agent(AGENTS, (side, side))})
         put = Agent(AGENTS, trained=False, sharpness=0.3, shortcut=0.075)
         held = list(islice(pictures(10_000), 16))
+        x = torch.randn(1, LONG, 64, generator=torch.Generator().manual_seed(0))
+        place = Place(64, 2, 0, 1, None, None)
+        layers = {"agent": put.layer(place), "softmax": _Softmax(place)}
         with torch.no_grad():
             inserted = [
                 statistics.fmean(float(accuracy(put.inserted(model), batch)) for batch in held)
                 for model in result.models["softmax"]
             ]
-        x = torch.randn(1, LONG, 64, generator=torch.Generator().manual_seed(0))
-        place = Place(64, 2, 0, 1, None, None)
-        with torch.no_grad():
-            layers = {"agent": put.layer(place), "softmax": _Softmax(place)}
             faster = interleaved({name: partial(m, x) for name, m in layers.items()}, 5).ratio("softmax", "agent")
         kept = statistics.fmean(inserted) / result.mean("softmax")
         return ClaimNumbers.decide(
             result.numbers()
-            | {
-                "accuracy_inserted": [round(x, 4) for x in inserted],
-                "kept": round(kept, 4),
-                f"speed_over_softmax_at_{LONG}": round(faster, 3),
-            },
+            | {"accuracy_inserted": [round(x, 4) for x in inserted], "kept": round(kept, 4)}
+            | {f"speed_over_softmax_at_{LONG}": round(faster, 3)},
             f"Of unseen pictures {result.mean('agent'):.1%} are classed right (softmax attention"
             f" {result.mean('softmax'):.1%}, plain linear attention {result.mean('plain'):.1%}). Put into the trained"
             f" softmax models without training, {AGENTS} agents for {TOKENS} tokens keep {kept:.1%} of their accuracy."
@@ -117,30 +113,6 @@ class Agent(LayerSystem):
             works_without_training=kept >= KEPT,
             faster=faster > 1,
         )
-
-
-class Bias(nn.Module):
-    """What the place of a patch adds to the scores of an agent, by head."""
-
-    def __init__(self, heads: int, agents: int, grid: tuple[int, int] | None):
-        super().__init__()
-
-        def table(width: int) -> nn.Embedding:  # a layer, so that the backbone's seed draws it
-            made = nn.Embedding(heads * agents, width)
-            nn.init.trunc_normal_(made.weight, std=0.02)
-            return made
-
-        self.shape = heads, agents
-        self.block = table(BLOCK * BLOCK)
-        self.row = None if grid is None else table(grid[0])
-        self.column = None if grid is None else table(grid[1])
-
-    def forward(self, grid: tuple[int, int]) -> Tensor:
-        """``[H, agents, N]``."""
-        found = F.interpolate(self.block.weight.view(*self.shape, BLOCK, BLOCK), grid, mode="bilinear")
-        if self.row is not None and self.column is not None:
-            found = found + self.row.weight.view(*self.shape, -1, 1) + self.column.weight.view(*self.shape, 1, -1)
-        return found.flatten(2)
 
 
 class AgentLayer(GridLayer):
@@ -154,8 +126,8 @@ class AgentLayer(GridLayer):
         heads, width = place.heads, place.width
         self.side, self.shortcut = side, system.shortcut
         self.factors = self.head_width**-0.5, self.head_width ** (-0.5 * system.sharpness)
-        self.gather = Bias(heads, system.agents, system.grid) if system.trained else None
-        self.give = Bias(heads, system.agents, system.grid) if system.trained else None
+        self.gather = GridBias(heads, system.agents, system.grid) if system.trained else None
+        self.give = GridBias(heads, system.agents, system.grid) if system.trained else None
         self.convolution = nn.Conv2d(width, width, 3, padding=1, groups=width) if system.trained else None
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:

@@ -70,7 +70,7 @@ class FLatten(LayerSystem):
             f" softmax attention {result.mean('softmax'):.1%}.",
             entropy_nearer_softmax=_nearer(entropy),
             rank_nearer_softmax=_nearer(rank),
-            accuracy_up=gain.mean > 0,
+            accuracy_up=gain.above,
         )
 
 

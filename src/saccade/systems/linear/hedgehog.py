@@ -12,20 +12,18 @@ Paper: The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax M
 Code: https://github.com/HazyResearch/lolcats (src/model/feature_map.py: SoftmaxDim, FeatureMapMLP;
     src/model/linear_attention/linear_attention.py: LolcatsLinearAttention, quadratic_attention)
 
-Differs: the maps start as the identity and are as wide as a head (the paper; LoLCATs' configuration draws them by
-Kaiming's rule and halves the width). LoLCATs adds a thousand times the squared error of the outputs to the loss and
-tunes with LoRA; here the loss is the paper's and all weights are tuned, and for few steps: rates are higher and fall to
-zero (distillation 3e-2; LoLCATs 1e-2, less where the loss stalls). fla's Hedgehog is another function
-(:class:`saccade.linear.features.SoftmaxHedgehog`, ``joint=True``). In a converted model of transformers the cache still
-holds keys; what the tokens before left is summed from them. Layers of :mod:`saccade.nn` decode with the state alone.
+Differs: the maps are ``expand`` times as wide as a head: the identity (the paper's, and all with ``expand=1``), then
+random rotations (LoLCATs draws by Kaiming's rule and halves the width): a head of the embedded model has 48 channels,
+too few to tell the places of a text apart. LoLCATs adds a thousand times the squared error of the outputs to the loss
+and tunes with LoRA; here the loss is the paper's, all weights are tuned, and rates fall to zero. fla's Hedgehog is
+another function (:class:`saccade.linear.features.SoftmaxHedgehog`, ``joint=True``). In a converted model of
+transformers the cache still holds keys, and beside them what they left behind.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -33,20 +31,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.errors import Unsupported
-from ...core.linear import LinearAttention, features, linear_attention, linear_weights
-from ...hosts.replaced import Read, read, replaced
+from ...core.linear import LinearAttention, features
+from ...hosts.handles import Handle, install
+from ...hosts.replaced import read
 from ...nn.backbones import Place
+from ...worlds.text import Example
 from ..base import ClaimNumbers, LayerSystem, Promises
+from ._mimicry import mimicry, weight_shapes
 
-# Of the claim: tokens of a text (as many as a head of the embedded model has features: more, and softmax's sharp rows
-# have a higher rank than these weights can have), texts of a step, steps.
-SIZE, BATCH, DISTILL, TUNE = 96, 5, 100, 150
-RECOVERED = 0.99  # of the score of the model with softmax attention, tuned on the same texts
+# Of the claim: tokens of a text, texts of a step of distillation and of tuning, steps of each.
+SIZE, SHOWN, READ, DISTILL, TUNE = 96, 8, 16, 2000, 1000
 
 
 class Hedgehog(LayerSystem):
-    """Settings: ``causal``."""
+    """Settings: ``causal``; ``expand``, the width of the maps in widths of a head."""
 
     slug = "hedgehog"
     title = "Hedgehog (softmax mimicry)"
@@ -54,144 +52,99 @@ class Hedgehog(LayerSystem):
     code = "https://github.com/HazyResearch/lolcats"
     promises = Promises(exponent=1.0, unit_rows=True)
 
-    def __init__(self, causal: bool = True):
-        self.causal = causal
+    def __init__(self, causal: bool = True, expand: int = 1):
+        self.causal, self.expand = causal, expand
 
     def program(self, heads: int, width: int) -> LinearAttention:
-        """Maps of heads of this width, the identity at first."""
-        maps = [features.SoftmaxHedgehog(nn.Parameter(torch.eye(width).repeat(heads, 1, 1))) for _ in range(2)]
+        """Maps for heads of this width, ``[heads, width, expand * width]``: rotations, the first of them none."""
+        turns = [torch.eye(width), *(torch.linalg.qr(torch.randn(width, width))[0] for _ in range(1, self.expand))]
+        start = torch.cat(turns, 1).repeat(heads, 1, 1)
+        maps = [features.SoftmaxHedgehog(nn.Parameter(start.clone())) for _ in range(2)]
         return LinearAttention(features.Pair(*maps), normalize=True, causal=self.causal, eps=1e-12)
 
     def layer(self, place: Place) -> nn.Module:
         """The program, for a model that is trained from scratch."""
         return self.program(place.heads, place.width // place.heads)
 
-    def distill(self, model: Any, texts: Sequence[Tensor], rate: float = 3e-2) -> nn.ModuleList:
+    def distill(self, model: Any, texts: Sequence[Tensor], rate: float = 1.5e-2) -> nn.ModuleList:
         """Programs of a causal model's layers, after a step on each of the texts ``[B, N]``; the rate falls to zero."""
-        layers = read(model, texts[0][:, :2])
+        from ...study.trainer import train
+
+        layers, rows = read(model, texts[0][:, :2]), iter(texts)
         made = nn.ModuleList([self.program(layer.q.shape[1], layer.q.shape[3]) for layer in layers])
-        optimizer = torch.optim.AdamW(made.parameters(), lr=rate, weight_decay=0.0)
-        for step, tokens in enumerate(texts):
-            _set_rate(optimizer, rate * (1 - step / len(texts)))
-            optimizer.zero_grad()
-            for spec, layer in zip(made, read(model, tokens), strict=True):
-                _mimicry(spec, layer).backward()
-            optimizer.step()
+
+        def loss() -> Tensor:
+            return torch.stack([mimicry(*pair) for pair in zip(made, read(model, next(rows)), strict=True)]).sum()
+
+        train(made, loss, len(texts), rate, last=0.0)
         return made
 
-    @contextmanager
-    def apply(self, model: Any, made: nn.ModuleList) -> Iterator[None]:
-        """The model attends with these programs until the context is left."""
-
-        def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, None]:
-            if mask is not None and (mask.shape[-2] > 1 or not bool(mask.all())):
-                raise Unsupported("Hedgehog reads whole texts of one length without padding, then token by token")
-            spec, state, past = made[module.layer_idx], None, k.shape[2] - q.shape[2]
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # each query head has its map
-            if past:
-                old_k, old_v = k[:, :, :past], v[:, :, :past]
-                state = linear_attention(old_k, old_k, old_v, spec, return_state=True)[1]
-            out = linear_attention(q, k[:, :, past:], v[:, :, past:], spec, state=state)
-            return out.transpose(1, 2).contiguous(), None
-
-        with replaced(model, attend):
-            yield
+    def apply(self, model: Any, made: nn.ModuleList) -> Handle:
+        """The model attends with these programs until the handle is closed."""
+        return install(model, lambda layer, heads: made[layer])  # type: ignore[arg-type, return-value]
 
     def claim(self) -> ClaimNumbers:
         """The embedded model converted: what it gets right of what it got right, and the shape of its weights."""
         from ...study.probes import embedded
-        from ...worlds.text import heldout, text
+        from ...worlds.text import heldout, manual, text
 
-        model, cut = embedded(), len(heldout()) * 3 // 4
-        learn, held = (
-            [torch.stack([e.tokens for e in islice(rows, BATCH)]) for _ in range(count)]
-            for rows, count in (
-                (text(SIZE, "hedgehog", source=heldout()[:cut]), DISTILL + TUNE),
-                (text(SIZE, "hedgehog", source=heldout()[cut:]), 16),
-            )
-        )
-        made = self.distill(model, learn[:DISTILL])
-        shape = weight_shapes(made, [layer for tokens in held[:2] for layer in read(model, tokens)])
-        with self.apply(model, made):
-            right = {"distilled": accuracy(model, held)}
-        right["dense"] = accuracy(model, held)
+        torch.manual_seed(0)
+        system, model, cut = Hedgehog(expand=4), embedded(), len(heldout()) * 3 // 4
+        read_by, unseen = (text(SIZE, "hedgehog", source=s) for s in (heldout()[:cut] + manual(), heldout()[cut:]))
+        shown = [_batch(read_by, SHOWN) for _ in range(DISTILL)]
+        learn = [_batch(read_by, READ) for _ in range(TUNE)]
+        held = _batch(unseen, 12 * READ)
+        scores = {"dense": score(model, held)}
         tuned = copy.deepcopy(model)
-        tune(tuned, [], learn[DISTILL:])
-        right["dense tuned"] = accuracy(tuned, held)
-        with self.apply(model, made):
-            tune(model, list(made.parameters()), learn[DISTILL:])
-            right["converted"] = accuracy(model, held)
+        tune(tuned, nn.ModuleList(), learn)
+        scores["dense tuned"] = score(tuned, held)
+        made = system.distill(model, shown)
+        shape = weight_shapes(made, read(model, held[:READ]))
+        with system.apply(model, made):
+            scores["distilled"] = score(model, held)
+            tune(model, made, learn)
+            scores["converted"] = score(model, held)
+        right, loss = ({name: found[i] for name, found in scores.items()} for i in (0, 1))
         recovered = right["converted"] / right["dense tuned"]
         return ClaimNumbers.decide(
             {f"accuracy {name}": round(x, 4) for name, x in right.items()}
-            | {"recovered": round(recovered, 4)}
-            | {name: round(x, 4) for name, x in shape.items()},
+            | {f"loss {name}": round(x, 4) for name, x in loss.items()}
+            | {name: round(x, 4) for name, x in ({"recovered": recovered} | shape).items()},
             f"Converted by {DISTILL} steps of distillation and {TUNE} of tuning, the embedded model says"
             f" {right['converted']:.1%} of unseen bytes right, {recovered:.1%} of what it says with softmax attention"
-            f" tuned on the same texts ({right['distilled']:.1%} before tuning). Entropy of its weights"
-            f" {shape['entropy_hedgehog']:.2f} nats (softmax {shape['entropy_softmax']:.2f}, elu + 1"
+            f" tuned on the same texts ({right['dense tuned']:.1%}; untuned {right['dense']:.1%}, distilled alone"
+            f" {right['distilled']:.1%}), at {loss['converted']:.3f} nats a byte ({loss['dense tuned']:.3f}; untuned"
+            f" {loss['dense']:.3f}). Texts of {SIZE} bytes, {system.expand} times the paper's features. Entropy of its"
+            f" weights {shape['entropy_hedgehog']:.2f} nats (softmax {shape['entropy_softmax']:.2f}, elu + 1"
             f" {shape['entropy_elu']:.2f}); of two keys it orders {shape['monotone_hedgehog']:.0%} as their dot"
             f" products do (elu + 1 {shape['monotone_elu']:.0%}).",
-            quality_is_recovered=recovered >= RECOVERED,
+            quality_is_recovered=recovered >= 0.99,
             lower_entropy_than_elu=shape["entropy_hedgehog"] < shape["entropy_elu"],
             more_monotone_than_elu=shape["monotone_hedgehog"] > shape["monotone_elu"],
         )
 
 
-def _truth(layer: Read) -> Tensor:
-    """Softmax weights ``[B, H, N, N]`` of a causal layer."""
-    k = layer.k.repeat_interleave(layer.q.shape[1] // layer.k.shape[1], 1)
-    later = torch.ones(layer.q.shape[2], layer.q.shape[2], dtype=torch.bool).triu(1)
-    return (layer.q @ k.mT * layer.scale).masked_fill(later, -torch.inf).softmax(-1)
+def _batch(examples: Iterator[Example], size: int) -> Tensor:
+    return torch.stack([example.tokens for example in islice(examples, size)])
 
 
-def _mimicry(spec: nn.Module, layer: Read) -> Tensor:
-    """Cross entropy from the softmax weights to the program's, the mean over rows, in nats."""
-    w = linear_weights(layer.q, layer.k, spec)  # type: ignore[arg-type]
-    return -(_truth(layer) * w.clamp(min=1e-12).log()).sum(-1).mean()
+def tune(model: Any, maps: nn.ModuleList, texts: Sequence[Tensor], rate: float = 1e-3) -> None:
+    """Train a model, and maps, to say the next byte, a step on each of the texts ``[B, N]``; the rate falls to zero."""
+    from ...study.trainer import train
 
+    rows = iter(texts)
 
-def tune(model: Any, more: list[nn.Parameter], texts: Sequence[Tensor], rate: float = 2e-3) -> None:
-    """Train a model, and more parameters, to say the next byte, with a step on each of the texts ``[B, N]``.
+    def loss() -> Tensor:
+        tokens = next(rows)
+        said = model(tokens, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(said.flatten(0, 1), tokens[:, 1:].flatten())
 
-    The rate rises for ten steps and falls to zero.
-    """
-    parameters = [*model.parameters(), *more]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    for step, tokens in enumerate(texts):
-        _set_rate(optimizer, rate * min((step + 1) / 10, 1 - step / len(texts)))
-        optimizer.zero_grad()
-        logits = model(tokens, use_cache=False).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    train(nn.ModuleList([model, maps]), loss, len(texts), rate, last=0.0)
 
 
 @torch.no_grad()
-def accuracy(model: Any, texts: Sequence[Tensor]) -> float:
-    """Share of next bytes that the model likes best."""
-    return statistics.fmean(
-        float((model(t, use_cache=False).logits[:, :-1].argmax(-1) == t[:, 1:]).float().mean()) for t in texts
-    )
-
-
-@torch.no_grad()
-def weight_shapes(made: nn.ModuleList, layers: Sequence[Read]) -> dict[str, float]:
-    """Mean entropy of the last row's weights, and how many of its pairs of keys they order as the dot products do."""
-    numbers: dict[str, list[float]] = {}
-    elu = LinearAttention(features.Elu1(), normalize=True)
-    for number, layer in enumerate(layers):
-        truth = _truth(layer)[..., -1, :]
-        order = (truth[..., :, None] - truth[..., None, :]).sign()
-        specs = {"hedgehog": made[number % len(made)], "elu": elu}
-        maps = {name: linear_weights(layer.q, layer.k, spec)[..., -1, :] for name, spec in specs.items()}  # type: ignore[arg-type]
-        for name, w in {"softmax": truth, **maps}.items():
-            numbers.setdefault(f"entropy_{name}", []).append(float(torch.special.entr(w).sum(-1).mean()))
-            same = (w[..., :, None] - w[..., None, :]).sign() * order
-            numbers.setdefault(f"monotone_{name}", []).append(float((same > 0).float().sum() / (order != 0).sum()))
-    return {name: statistics.fmean(x) for name, x in numbers.items()}
+def score(model: Any, texts: Tensor) -> tuple[float, float]:
+    """Of texts ``[S, N]``: the share of next bytes that the model likes best, and its loss in nats a byte."""
+    said = torch.cat([model(some, use_cache=False).logits[:, :-1] for some in texts.split(READ)]).flatten(0, 1)
+    right = texts[:, 1:].flatten()
+    return float((said.argmax(-1) == right).double().mean()), float(F.cross_entropy(said, right))

@@ -65,7 +65,7 @@ class InLine(LayerSystem):
             f" {result.mean('softmax'):.1%}.",
             queries_are_told_apart=apart["inline"] > 1e-3,
             plain_confuses_them=apart["plain"] < 1e-6,
-            accuracy_above_plain=gain.mean > 0,
+            accuracy_above_plain=gain.above,
         )
 
 

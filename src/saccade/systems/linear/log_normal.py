@@ -21,7 +21,6 @@ depends neither on its batch nor on later tokens, and decodes. The official code
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from ...core import masks
 from ...core.attend import attention
-from ...core.linear import LinearAttention, features, linear_weights
+from ...core.linear import LinearAttention, features
 from ...core.spec import Attention
 from ...nn import MultiHead, StateCache
 from ...nn.attention import AnyCache, grouped, padded
@@ -38,9 +37,8 @@ from ...nn.backbones import Place
 from ...nn.positions import RoPE
 from ..base import ClaimNumbers, LayerSystem, Promises
 from ._blocks import BlockCache
+from ._log_normal_features import factors, program, shapes
 
-A, B = 0.14855178144710912, -0.35487039130661086  # the official fit
-MOST = 60.0  # exponent of a key: float32 ends at 88
 RECENT = 0.1  # weight of the newest batch in the running mean
 SPREADS = (1.0, 1.25, 1.5)  # of queries and keys, for the claim
 WITHIN = 1.25  # "matched": log-variance and concentration within this factor of softmax's
@@ -66,20 +64,20 @@ class LogNormal(LayerSystem):
         """Distribution and concentration beside softmax's, matched and not; and small language models."""
         from ...study.trainer import Setup, compare
 
+        def beside_softmax(which: str, what: str) -> list[float]:
+            return [row[which][what] / row["softmax"][what] for row in rows.values()]
+
+        def ours(setup: Setup, layer: int) -> nn.Module:
+            return self.layer(Place(setup.width, setup.heads, layer, setup.layers, RoPE(), None))
+
         rows = {str(spread): shapes(spread) for spread in SPREADS}
-        variance, concentration, unmatched = (
-            [row[which][what] / row["softmax"][what] for row in rows.values()]
-            for which, what in (
-                ("matched", "log_variance"), ("matched", "concentration"), ("unmatched", "concentration"),
-            )
-        )  # fmt: skip
+        variance = beside_softmax("matched", "log_variance")
+        concentration, unmatched = (beside_softmax(which, "concentration") for which in ("matched", "unmatched"))
         result = compare(
             {
                 "softmax": lambda setup, layer: Attention(mask=masks.Causal()),
                 "elu": lambda setup, layer: LinearAttention(features.Elu1(), normalize=True),
-                "log-normal": lambda setup, layer: self.layer(
-                    Place(setup.width, setup.heads, layer, setup.layers, RoPE(), None)
-                ),
+                "log-normal": ours,
             },
             Setup(steps=100, seeds=(0, 1)),
         )
@@ -95,7 +93,7 @@ class LogNormal(LayerSystem):
             log_normal=all(row["matched"]["distance_from_normal"] <= NORMAL for row in rows.values()),
             variance_matched=all(1 / WITHIN <= x <= WITHIN for x in variance),
             concentration_matched=all(1 / WITHIN <= x <= WITHIN for x in concentration),
-            better_than_elu=gain.mean < 0,
+            better_than_elu=gain.below,
         )
 
 
@@ -117,8 +115,7 @@ class LogNormalAttention(MultiHead):
     spread: Tensor
 
     def __init__(self, place: Place, causal: bool = True):
-        program = LinearAttention(features.Pair(_queries, _keys), normalize=True, causal=causal, eps=1e-8)
-        super().__init__(program, place.width, place.heads, kv_heads=place.kv_heads, positions=place.positions)
+        super().__init__(program(causal), place.width, place.heads, kv_heads=place.kv_heads, positions=place.positions)
         own = masks.Blocks(self.head_width)
         self.near = Attention(mask=masks.Causal() & own if causal else own)
         self.register_buffer("spread", torch.ones(2))
@@ -148,45 +145,5 @@ class LogNormalAttention(MultiHead):
         return (far + attention(q, k, v, near, offset=k.shape[2] - n)) / 2
 
 
-def factors(spread: Tensor) -> Tensor:
-    """``alpha`` and ``beta`` ``[2]`` for the standard deviations of queries and keys ``[2]``."""
-    return ((spread.prod() ** 2 - B) / (2 * A)).sqrt() / spread
-
-
 def _said(ratios: list[float]) -> str:
     return ", ".join(f"{x:.2f}" for x in ratios)
-
-
-def _queries(q: Tensor) -> Tensor:
-    return (q - q.amax(-1, keepdim=True)).exp()  # the greatest cancels in the quotient
-
-
-def _keys(k: Tensor) -> Tensor:
-    return k.clamp(max=MOST).exp()
-
-
-@torch.no_grad()
-def shapes(spread: float, tokens: int = 512, width: int = 64) -> dict[str, dict[str, float]]:
-    """Weights over normal queries and keys: of softmax, of these features as matched, and with alpha = beta = 1."""
-    q, k = spread * torch.randn(2, 1, 4, tokens, width, generator=torch.Generator().manual_seed(0))
-    program = LogNormalAttention(Place(4 * width, 4, 0, 1, None, None), causal=False).spec
-    alpha, beta = factors(torch.stack([q.std(), k.std()]))
-    weights = {
-        "softmax": (q @ k.mT * width**-0.5).softmax(-1),
-        "matched": linear_weights(alpha * q, beta * k, program),  # type: ignore[arg-type]
-        "unmatched": linear_weights(q, k, program),  # type: ignore[arg-type]
-    }
-    return {name: _shape(w) for name, w in weights.items()}
-
-
-def _shape(weights: Tensor) -> dict[str, float]:
-    """Variance of the logarithms, their distance from normal (Kolmogorov's), and what entropy lacks to uniform."""
-    logs = weights.double().log().flatten()
-    ranks = (torch.arange(len(logs)) + 0.5) / len(logs)
-    normal = torch.special.ndtr((logs.sort().values - logs.mean()) / logs.std())
-    entropy = torch.special.entr(weights.double()).sum(-1).mean()
-    return {
-        "log_variance": round(float(logs.var()), 4),
-        "distance_from_normal": round(float((normal - ranks).abs().max()), 4),
-        "concentration": round(math.log(weights.shape[-1]) - float(entropy), 4),
-    }

@@ -21,10 +21,8 @@ there is no dropout. Cross-attention (gated_cross_attention.py) and ReLU² are n
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -34,21 +32,18 @@ from ...core import masks, normalizers, scores
 from ...core.attend import attention
 from ...core.errors import Unsupported
 from ...core.spec import Attention
-from ...core.tile import At
-from ...nn import KVCache
+from ...nn import GPT, KVCache
 from ...nn.attention import padded
 from ...nn.backbones import Place
 from ...nn.positions import rotate
 from ..base import ClaimNumbers, LayerSystem, Promises
 from ._blocks import BlockCache
-from ._ema import DampedEMA
-
-if TYPE_CHECKING:
-    from ...study.trainer import Setup
+from ._ema import AverageCache, DampedEMA, forms_apart
+from ._laplace import Laplace, keys_seen
 
 STD = 0.02
-CENTRE, SPREAD = math.sqrt(0.5), math.sqrt(0.25 / math.pi)  # of the Laplace function: where it meets ReLU²'s slope
 SAME = 1e-5  # "equals": of the greatest value, float32
+WIDER, CHUNK = 80, 32  # of the claim: a Mega layer has more parameters than one of plain attention
 LOSS = 0.01  # "minimal quality loss" of chunks: this share of the loss
 
 
@@ -67,8 +62,7 @@ class Mega(LayerSystem):
 
     def promised(self) -> Promises:
         """Causal as set; linear with chunks."""
-        exponent = 2.0 if self.chunk is None else 1.0
-        return replace(self.promises, causal=self.causal, decodes=self.causal, exponent=exponent)
+        return replace(super().promised(), exponent=2.0 if self.chunk is None else 1.0)
 
     def layer(self, place: Place) -> nn.Module:
         """The layer; heads and positions of the backbone are not used."""
@@ -76,51 +70,33 @@ class Mega(LayerSystem):
 
     def claim(self) -> ClaimNumbers:
         """The average in both forms, and prose beside a transformer that has at least as many parameters."""
-        from ...study.trainer import Setup, compete, language, tiny
+        from ...study.trainer import Setup, compete, language
+        from ...worlds.text import BOS
 
-        gap = _forms_apart()
+        gap = forms_apart()
         setup = Setup(steps=100, seeds=(0, 1), context=256, batch=4)
-        wider = replace(setup, width=80)  # a Mega layer has more parameters than one of plain attention
-        systems = {"mega": Mega(), "mega-chunk": Mega(chunk=32)}
-        result = compete(
-            {"softmax": partial(tiny, wider, lambda setup, layer: Attention(mask=masks.Causal()))}
-            | {name: partial(tiny, setup, partial(_built, system)) for name, system in systems.items()},
-            language(setup),
-            setup,
-        )
+        gpt = partial(GPT, BOS + 1, layers=setup.layers, heads=setup.heads)
+        contestants = {
+            "softmax": partial(gpt, WIDER),
+            "mega": partial(gpt, setup.width, attention=Mega()),
+            "mega-chunk": partial(gpt, setup.width, attention=Mega(chunk=CHUNK)),
+        }
+        result = compete(contestants, language(setup), setup)
         gain, loss = result.excess("mega", "softmax"), result.excess("mega-chunk", "mega")
         return ClaimNumbers.decide(
             result.numbers()
             | {f"parameters_{name}": result.parameters(name) for name in result.scores}
-            | {"forms_differ": float(f"{gap:.2g}")}
-            | {"excess_over_softmax": round(gain.mean, 4), "excess_error": round(gain.error, 4)}
-            | {"excess_of_chunks": round(loss.mean, 4), "excess_of_chunks_error": round(loss.error, 4)},
+            | {"forms_differ": float(f"{gap:.2g}"), "excess_over_softmax": round(gain.mean, 4)}
+            | {"excess_error": round(gain.error, 4), "excess_of_chunks": round(loss.mean, 4)}
+            | {"excess_of_chunks_error": round(loss.error, 4)},
             f"The average by convolution and by recurrence differ by {gap:.1e} of the greatest value over 4096 tokens."
             f" On prose of {setup.context} bytes its loss is {gain.mean:+.4f} nats per byte (standard error"
             f" {gain.error:.4f}) against a transformer of {result.parameters('softmax')} parameters (its own"
-            f" {result.parameters('mega')}); chunks of {systems['mega-chunk'].chunk} change it by {loss.mean:+.4f}.",
+            f" {result.parameters('mega')}); chunks of {CHUNK} change it by {loss.mean:+.4f}.",
             convolution_is_recurrence=gap <= SAME,
             better_than_transformer=gain.mean + 2 * gain.error < 0,
             little_lost_by_chunks=loss.mean <= LOSS * result.mean("mega"),
         )
-
-
-def _built(system: Mega, setup: Setup, layer: int) -> nn.Module:
-    return system.layer(Place(setup.width, setup.heads, layer, setup.layers, None, None))
-
-
-@dataclass
-class MegaCache:
-    """What the tokens so far left: the average's state, and the keys and values that are still seen."""
-
-    seen: KVCache = field(default_factory=KVCache)
-    average: Tensor | None = None
-    length: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.seen.nbytes + (0 if self.average is None else self.average.nbytes)
 
 
 class GatedAttention(nn.Module):
@@ -128,7 +104,8 @@ class GatedAttention(nn.Module):
 
     def __init__(self, width: int, system: Mega):
         super().__init__()
-        self.width, self.inner, self.values, self.system = width, max(2, width // 4 // 2 * 2), 2 * width, system
+        self.width, self.inner, self.values = width, max(2, width // 4 // 2 * 2), 2 * width
+        self.causal, self.chunk, self.laplace = system.causal, system.chunk, system.laplace
         self.average = DampedEMA(width, system.dims, both_ways=not system.causal)
         self.v = nn.Linear(width, self.values)
         self.mixed = nn.Linear(width, 2 * width + self.inner + self.values)
@@ -141,22 +118,20 @@ class GatedAttention(nn.Module):
             mask = mask & masks.Blocks(system.chunk)
         self.spec = Attention(scores.Dot(1.0), mask, Laplace() if system.laplace else normalizers.Softmax())
 
-    def cache(self) -> MegaCache:
+    def cache(self) -> AverageCache:
         """An empty cache."""
-        chunk = self.system.chunk
-        return MegaCache(KVCache() if chunk is None else BlockCache(size=chunk))
+        return AverageCache(KVCache() if self.chunk is None else BlockCache(size=self.chunk))
 
-    def forward(self, x: Tensor, *, cache: MegaCache | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, cache: AverageCache | None = None, keep: Tensor | None = None) -> Tensor:
         """The update of the stream ``[B, N, width]``; with a cache, of tokens after those it holds."""
         if cache is not None and keep is not None:
             raise Unsupported("Mega decodes sequences of one length: a cache and padding do not go together")
         start, state = (0, None) if cache is None else (cache.length, cache.average)
-        u, z, r, h = self.mixed(self.average(x, state, keep)).split(
-            [self.width, self.inner, self.values, self.width], -1
-        )
+        sizes = [self.width, self.inner, self.values, self.width]
+        u, z, r, h = self.mixed(self.average(x, state, keep)).split(sizes, -1)
         q, k = (F.silu(z)[..., None, :] * self.gamma + self.beta).unbind(-2)
-        q = q / self._seen(x, start, keep) if self.system.laplace else q * self.inner**-0.5
         n = x.shape[1]
+        q = q / keys_seen(x, start, self.chunk, self.causal, keep) if self.laplace else q * self.inner**-0.5
         here, there = (rotate(place.expand(1, n, -1), start).expand_as(q) for place in self.places)
         q, k = torch.cat([q, here], -1)[:, None], torch.cat([k, there], -1)[:, None]  # the product is score and bias
         v = F.silu(self.v(x))[:, None]
@@ -166,35 +141,3 @@ class GatedAttention(nn.Module):
         spec = self.spec if keep is None else padded(self.spec, keep)
         read = attention(q, k, v, spec, offset=k.shape[2] - n)[:, 0]
         return u.sigmoid() * (F.silu(h + self.out(read * F.silu(r))) - x)
-
-    def _seen(self, x: Tensor, start: int, keep: Tensor | None) -> Tensor:
-        """How many keys each token sees, ``[N, 1]``, or ``[B, N, 1]`` with padding."""
-        place = torch.arange(start, start + x.shape[1], device=x.device)
-        chunk = self.system.chunk or start + x.shape[1]
-        if self.system.causal:
-            return (place % chunk + 1).to(x.dtype)[:, None]
-        keep = x.new_ones(1, x.shape[1]) if keep is None else keep.to(x.dtype)
-        blocks = F.pad(keep, (0, -keep.shape[1] % chunk)).unflatten(1, (-1, chunk)).sum(-1)
-        return blocks.clamp(min=1).repeat_interleave(chunk, 1)[:, : x.shape[1], None]
-
-
-class Laplace(normalizers.Normalizer):
-    """``(1 + erf((s - CENTRE) / (SPREAD sqrt(2)))) / 2``: as ReLU², but bounded in value and slope."""
-
-    def forward(self, scores: Tensor, at: At) -> Tensor:
-        return (1 + torch.erf((scores - CENTRE) / (SPREAD * math.sqrt(2)))) / 2
-
-
-@torch.no_grad()
-def _forms_apart(tokens: int = 4096) -> float:
-    """Greatest difference of the average token by token from that of the whole, of the greatest value."""
-    source = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        average = DampedEMA(32)
-    x, state, steps = torch.randn(1, tokens, 32, generator=source), None, []
-    for token in x.split(1, 1):
-        steps.append(average(token, state))
-        state = average.after(token, state)
-    whole = average(x)
-    return float((torch.cat(steps, 1) - whole).abs().max() / whole.abs().max())

@@ -57,6 +57,7 @@ class TransNormerLLM(LayerSystem):
 
     def claim(self) -> ClaimNumbers:
         """Small language models beside softmax and plain linear attention, where they look, and long decoding."""
+        from ...study.probes import decoding_errors
         from ...study.trainer import Setup, batches, compare
 
         setup = Setup(steps=150, seeds=(0, 1))
@@ -78,7 +79,7 @@ class TransNormerLLM(LayerSystem):
             for name in ("plain", "ours")
         }
         excess = {name: result.excess("ours", name) for name in ("softmax", "plain")}
-        early, late = decoding_errors(self.layer(at(0)), STEPS)
+        early, late = decoding_errors(self.layer(at(0)), setup.width, STEPS)
         return ClaimNumbers.decide(
             result.numbers()
             | {f"near_share_{name}": round(x, 3) for name, x in near.items()}
@@ -143,19 +144,3 @@ def near_share(model: Any, tokens: Tensor) -> float:
         shares.append(float((w.triu(1) / w.sum(-1, keepdim=True)).sum(-1).mean()))
         x = block(x)
     return statistics.fmean(shares)
-
-
-@torch.no_grad()
-def decoding_errors(layer: Any, steps: int) -> tuple[float, float]:
-    """Error of a decode in bfloat16, token by token, relative to float64 at once: over the second and the last
-    eighth of the steps."""
-    source = torch.Generator().manual_seed(3)
-    stream = torch.randn(1, steps, layer.q.in_features, generator=source).bfloat16()
-    low = layer.bfloat16()
-    cache = low.cache()
-    found = torch.cat([low(token, cache=cache) for token in stream.split(1, 1)], 1).double()
-    exact = layer.double()(stream.double())
-    eighth = steps // 8
-    parts = slice(eighth, 2 * eighth), slice(steps - eighth, steps)
-    early, late = (float((found[:, s] - exact[:, s]).norm() / exact[:, s].norm()) for s in parts)
-    return early, late

@@ -1,4 +1,4 @@
-"""Requests and answers in a small chat template of bytes, and a model tuned on them: most are answered from memory."""
+"""Requests and answers in a small chat template of bytes, most answered from memory; a model tuned on them, asked."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from ...core.stats import RegionMass
+from ...hosts.handles import watch
 from ...worlds import recall
 from ...worlds.text import Example, encode, window
 from ..base import MethodSystem
@@ -92,6 +94,28 @@ def right(model: Any, tokens: Tensor, steering: MethodSystem | None = None) -> T
     with steering.apply(model) if steering else nullcontext():
         logits = model(tokens, use_cache=False, logits_to_keep=DIGITS + 1).logits[:, :-1]
     return (logits.argmax(-1) == tokens[:, -DIGITS:]).all(1)
+
+
+@torch.no_grad()
+def looking(model: Any, some: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Attention to the user where the answer's digits begin, ``[S]``: without a template, and with one.
+
+    It is that of the head that looks most at the user without. What the template gets is left out of the whole.
+    """
+    masses = []
+    for form, before, between in ((b"", 0, 1), (USER, len(USER), len(ASSISTANT))):
+        start, stop = 1 + before, 1 + before + len(some[0].request)
+        regions = {"user": slice(start, stop), "template": [*range(1, start), *range(stop, stop + between)]}
+        with watch(model, RegionMass({name: name for name in regions}), regions=regions) as seen:
+            model(torch.stack([p.tokens(form) for p in some]), use_cache=False, logits_to_keep=1)
+        at = {
+            name: torch.cat([s["region_mass"][name][..., -DIGITS - 1] for s in seen.seen.values()], 1)
+            for name in regions
+        }
+        masses.append(at["user"] / (1 - at["template"]))
+    head = masses[0].argmax(1, keepdim=True)
+    without, within = (mass.gather(1, head)[:, 0] for mass in masses)
+    return without, within
 
 
 def more(a: Tensor, b: Tensor) -> bool:

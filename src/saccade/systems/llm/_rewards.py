@@ -17,11 +17,9 @@ def reinforced(
     system: PreplanAnchor, kind: Credit, seed: int, steps: int = 15, prompts: int = 8, answers: int = 4
 ) -> float:
     """Accuracy of lm-tiny on recalled variables after steps of policy gradient, each of prompts and sampled answers."""
-    from transformers import AutoModelForCausalLM
+    from ...study.probes import embedded
 
-    from ...zoo import path
-
-    model = AutoModelForCausalLM.from_pretrained(path("lm-tiny"), dtype=torch.float32).eval()
+    model = embedded("lm-tiny")
     solver = torch.optim.Adam(model.parameters(), 3e-4)
     torch.manual_seed(seed)
     size = 4  # digits of an answer

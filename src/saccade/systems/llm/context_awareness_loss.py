@@ -38,7 +38,7 @@ from ...core.stats import RegionMass
 from ...hosts.handles import edit, watch
 from ...worlds.text import heldout
 from ..base import ClaimNumbers, MethodSystem
-from ._chat import ANSWER, ASSISTANT, DIGITS, INDICATOR, NEEDS, USER, Pair, more, needles, pairs, right, tune
+from ._chat import ANSWER, DIGITS, INDICATOR, NEEDS, USER, looking, more, needles, pairs, right, tune
 
 DEPTH = 15 / 22  # of the layer whose attention is the score
 
@@ -74,12 +74,9 @@ class ContextAwarenessLoss(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """Needles in 160 bytes, raw and in a template, of a model tuned to answer from memory; steered; told."""
-        from transformers import AutoModelForCausalLM
+        from ...study.probes import auroc, embedded
 
-        from ...study.probes import auroc
-        from ...zoo import path
-
-        base: Any = AutoModelForCausalLM.from_pretrained(path("lm-tiny"), dtype=torch.float32).eval()
+        base = embedded("lm-tiny")
         page = heldout()
         ours, theirs = page[: len(page) // 2], page[len(page) // 2 :]
         examples, asked = list(islice(pairs("tune", ours), 1000)), needles("test", theirs, 400)
@@ -132,25 +129,3 @@ def score(model: Any, tokens: Tensor, users: Tensor, answer: int = ANSWER) -> Te
     with watch(model, RegionMass({"user": "user"}), layers=layer, regions={"user": users}) as seen:
         model(tokens, use_cache=False, logits_to_keep=1)
     return seen[layer]["region_mass"]["user"].amax(1)[:, -answer:].mean(1)
-
-
-@torch.no_grad()
-def looking(model: Any, some: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Attention to the user where the answer's digits begin, ``[S]``: without a template, and with one.
-
-    It is that of the head that looks most at the user without. What the template gets is left out of the whole.
-    """
-    masses = []
-    for form, before, between in ((b"", 0, 1), (USER, len(USER), len(ASSISTANT))):
-        start, stop = 1 + before, 1 + before + len(some[0].request)
-        regions = {"user": slice(start, stop), "template": [*range(1, start), *range(stop, stop + between)]}
-        with watch(model, RegionMass({name: name for name in regions}), regions=regions) as seen:
-            model(torch.stack([p.tokens(form) for p in some]), use_cache=False, logits_to_keep=1)
-        at = {
-            name: torch.cat([s["region_mass"][name][..., -DIGITS - 1] for s in seen.seen.values()], 1)
-            for name in regions
-        }
-        masses.append(at["user"] / (1 - at["template"]))
-    head = masses[0].argmax(1, keepdim=True)
-    without, within = (mass.gather(1, head)[:, 0] for mass in masses)
-    return without, within

@@ -27,13 +27,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from ...core.errors import SpecError
-from ...hosts.acts import pick
-from ...hosts.handles import host_of
 from ..base import ClaimNumbers, MethodSystem
+from ._stream import replaced, state
 from ._told import CONTEXT, CUES, NEITHER, PRIOR, Questions, shares, teach
 
 SOLVED = 0.85  # of both kinds, once fine-tuned: the least of the paper's
@@ -59,19 +58,8 @@ class ContextKnob(MethodSystem):
         if given.shape != (width,):
             raise SpecError(f"ContextKnob: expected a direction [{width}], as the model is wide; got {[*given.shape]}")
         u = normalize(given, dim=0)
-
-        def turn(module: nn.Module, args: Any, found: Any) -> Any:
-            state = found if isinstance(found, Tensor) else found[0]
-            last = state[:, -1]
-            moved = last + (torch.as_tensor(self.value) - last @ u)[:, None] * u
-            state = torch.cat([state[:, :-1], moved[:, None]], 1)
-            return state if isinstance(found, Tensor) else (state, *found[1:])
-
-        hook = _block(model, self.layer).register_forward_hook(turn)
-        try:
+        with replaced(model, self.layer, lambda h: h + (torch.as_tensor(self.value) - h @ u)[:, None] * u):
             yield
-        finally:
-            hook.remove()
 
     def claim(self) -> ClaimNumbers:
         """The model learns to be told; its knob set against what it is told; and the same in the untaught model."""
@@ -124,15 +112,8 @@ def turned(model: Any, questions: Questions, layer: int, cue: bytes) -> float:
     """How often the answer is the other one when the last token has the state that it has with the other cue."""
     other = PRIOR if cue == CONTEXT else CONTEXT
     given = state(model, questions.prompts(other), layer)
-
-    def put(module: nn.Module, args: Any, found: Tensor) -> Tensor:
-        return torch.cat([found[:, :-1], given[:, None]], 1)
-
-    hook = _block(model, layer).register_forward_hook(put)
-    try:
+    with replaced(model, layer, lambda _: given):
         return shares(model, questions, cue)[other == PRIOR]
-    finally:
-        hook.remove()
 
 
 def das(model: Any, questions: Questions, states: dict[bytes, Tensor], layer: int, steps: int = 40) -> Tensor:
@@ -150,15 +131,3 @@ def das(model: Any, questions: Questions, states: dict[bytes, Tensor], layer: in
         cross_entropy(logits, questions[rows].wanted(other)).backward()
         solver.step()
     return normalize(v.detach(), dim=0)
-
-
-@torch.no_grad()
-def state(model: Any, prompts: Tensor, layer: int) -> Tensor:
-    """After a layer, at the last token, ``[S, width]``."""
-    some = [model(part, use_cache=False, output_hidden_states=True, logits_to_keep=1) for part in prompts.split(32)]
-    return torch.cat([found.hidden_states[layer + 1][:, -1] for found in some])
-
-
-def _block(model: nn.Module, layer: int) -> nn.Module:
-    (site,) = pick(host_of(model).sites(), type(model).__name__, layer, "self")
-    return model.get_submodule(site.path.rpartition(".")[0])

@@ -8,7 +8,7 @@
 
 p gives all segments the same last position, right before what follows them. Nothing depends on the order in which the
 segments stand, so the output does not either. RoPE is relative: instead of the keys of d, the query is turned by
-shift[i, d], once per segment, and a key meets the query turned for its segment.
+shift[i, d], once per segment, and a key meets the query turned for its segment (:mod:`._segments`).
 
 Paper: Eliminating Position Bias of Language Models: A Mechanistic Approach, arXiv:2407.01100
 Code: https://github.com/wzq016/PINE (pine/models/llama/modeling_llama.py, tokenization_llama.py)
@@ -32,12 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import SpecError, Unsupported
-from ...core.scores import Form
 from ...core.spec import Attention
 from ...hosts.handles import Handle, host_of, install
 from ...worlds.recall import KEYS
 from ...worlds.text import encode
 from ..base import ClaimNumbers, MethodSystem
+from ._segments import Nearest, positions_of, segments
 
 SEGMENTS, PROMPTS, ORDERS = 6, 16, 5
 EXACT = 1e-4  # of the largest logit: what orders of float32 sums may change
@@ -85,10 +85,9 @@ class Pine(MethodSystem):
             return args, given | {"attention_mask": seen.expand(len(x), 1, -1, -1), "position_ids": positions}
 
         hook = model.base_model.register_forward_pre_hook(arrange, with_kwargs=True)
+        nearest = {layer: Attention(score=[Nearest(self.bounds, rotary, scale)]) for layer, scale in scales.items()}
         try:
-            with install(
-                model, lambda layer, _: Attention(score=[Nearest(self.bounds, rotary, scales[layer])])
-            ) as handle:
+            with install(model, lambda layer, _: nearest[layer]) as handle:
                 yield handle
         finally:
             hook.remove()
@@ -100,7 +99,7 @@ class Pine(MethodSystem):
         model = probes.embedded()
         rng, apart, right = random.Random("pine"), {"plain": 0.0, "pine": 0.0}, {"plain": 0.0, "pine": 0.0}
         for _ in range(PROMPTS):
-            parts, question, wanted = _segments(rng)
+            parts, question, wanted = _asked(rng)
             found: dict[str, list[Tensor]] = {name: [] for name in apart}
             for _ in range(ORDERS):
                 bounds = list(accumulate(map(len, parts), initial=1))
@@ -115,9 +114,8 @@ class Pine(MethodSystem):
                 apart[name] = max(apart[name], float((given - given[0]).abs().max() / given.abs().max()))
                 said = given.argmax(-1) == torch.tensor(list(wanted))
                 right[name] += float(said.all(-1).float().mean()) / PROMPTS
-        numbers = {"segments": SEGMENTS, "prompts": PROMPTS, "orders": ORDERS}
         return ClaimNumbers.decide(
-            numbers
+            {"segments": SEGMENTS, "prompts": PROMPTS, "orders": ORDERS}
             | {f"apart_{name}": float(f"{x:.3g}") for name, x in apart.items()}
             | {f"accuracy_{name}": round(x, 4) for name, x in right.items()},
             f"Reordering {SEGMENTS} segments changes logits by at most {apart['pine']:.1e} of the largest (plain model:"
@@ -125,31 +123,6 @@ class Pine(MethodSystem):
             output_invariant=apart["pine"] < EXACT,
             order_matters_without=apart["plain"] > EXACT,
         )
-
-
-def _segments(rng: random.Random) -> tuple[list[bytes], bytes, bytes]:
-    """Texts with one pair each, a question about one of the pairs, and its answer."""
-    keys = rng.sample(KEYS, SEGMENTS)
-    pairs = [(key.encode(), f"{rng.randrange(100):02d}".encode()) for key in keys]
-
-    def filler() -> bytes:
-        return bytes(rng.choices(string.ascii_lowercase.encode(), k=rng.randint(8, 24)))
-
-    key, value = rng.choice(pairs)
-    return [filler() + k + v + b";" + filler() for k, v in pairs], b"?" + key, value
-
-
-def segments(bounds: Sequence[int], n: int) -> Tensor:
-    """The segment of each of n tokens, from 1; 0 outside of all."""
-    return torch.bucketize(torch.arange(n), torch.tensor(bounds), right=True) % (len(bounds))
-
-
-def positions_of(bounds: Sequence[int], n: int) -> Tensor:
-    """Positions of n tokens: every segment ends where the last one does."""
-    p = torch.arange(n)
-    for start, stop in pairwise(bounds):
-        p[start:stop] += bounds[-1] - stop
-    return p
 
 
 def _rotary(model: Any) -> Any:
@@ -163,57 +136,13 @@ def _rotary(model: Any) -> Any:
     return found[0]
 
 
-class Nearest(Form):
-    """``q . k`` with the segments' keys at the positions that each query gives them.
+def _asked(rng: random.Random) -> tuple[list[bytes], bytes, bytes]:
+    """Texts with one pair each, a question about one of the pairs, and its answer."""
+    keys = rng.sample(KEYS, SEGMENTS)
+    pairs = [(key.encode(), f"{rng.randrange(100):02d}".encode()) for key in keys]
 
-    Queries and keys become ``1 + segments`` parts wide: the key fills the part of its segment, the query has each part
-    turned for its segment. So the engine still sees a dot product.
-    """
+    def filler() -> bytes:
+        return bytes(rng.choices(string.ascii_lowercase.encode(), k=rng.randint(8, 24)))
 
-    def __init__(self, bounds: Sequence[int], rotary: Any, factor: float):
-        super().__init__()
-        self.bounds, self.factor = bounds, factor
-        self._turned = rotary.forward  # not the module itself: it belongs to the model
-
-    def scale(self, width: int) -> float:
-        return self.factor
-
-    def turn(self, x: Tensor, by: Tensor) -> Tensor:
-        """Vectors ``[B, H, N, D]`` turned by further positions that broadcast to ``[B, H, N]``."""
-        by = by.expand(x.shape[:-1])
-        cos, sin = (t.unflatten(0, x.shape[:2]) for t in self._turned(x, by.flatten(0, 1)))
-        part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        one, two = part.chunk(2, -1)
-        return torch.cat([part * cos + torch.cat([-two, one], -1) * sin, rest], -1)
-
-    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        n, m = q.shape[2], k.shape[2]
-        place = positions_of(self.bounds, m).to(q.device)
-        inside = slice(self.bounds[0], self.bounds[-1])
-        bare = self.turn(k[:, :, inside], -place[inside]).repeat_interleave(q.shape[1] // k.shape[1], 1)
-        shift = self.shifts(self.turn(q, -place[m - n :]) @ bare.mT * self.factor, m - n)
-        parts = [q, *(self.turn(q, s) for s in shift.unbind(-1))]
-        own = torch.nn.functional.one_hot(segments(self.bounds, m), len(parts)).to(k)
-        return torch.cat(parts, -1), (own[:, :, None] * k[..., None, :]).flatten(-2)
-
-    def shifts(self, score: Tensor, first: int) -> Tensor:
-        """How far each query moves each segment, ``[B, H, N, segments]``.
-
-        Args:
-            score: of queries and the segments' keys without RoPE, ``[B, H, N, tokens in segments]``.
-            first: the place of query 0 among all tokens.
-        """
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
-        starts = [b - self.bounds[0] for b in self.bounds]
-        length = torch.tensor([b - a for a, b in pairwise(starts)], device=score.device)
-        mass = torch.stack([score[..., a:b].logsumexp(-1) for a, b in pairwise(starts)], -1)
-        importance = mass - length.log()
-        for d, (a, b) in enumerate(pairwise(self.bounds)):
-            if first == 0:  # tokens of segment d agree on one order
-                others = mass[:, :, a:b].index_fill(-1, torch.tensor([d], device=mass.device), -torch.inf)
-                agreed = (others - others.logsumexp(-1, keepdim=True)).logsumexp(2, keepdim=True) - length.log()
-                agreed[..., d] = torch.inf
-                importance[:, :, a:b] = agreed
-        order = importance.argsort(dim=-1, descending=True, stable=True)
-        taken = length[order]
-        return torch.empty_like(order).scatter_(-1, order, taken.cumsum(-1) - taken)
+    key, value = rng.choice(pairs)
+    return [filler() + k + v + b";" + filler() for k, v in pairs], b"?" + key, value

@@ -22,9 +22,8 @@ halves for coupling, and one step per draw (no clipped ratios).
 
 from __future__ import annotations
 
-from itertools import islice
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +32,9 @@ from ...core.errors import SpecError
 from ...core.stats import MeanDistance, Stat
 from ...core.tile import Tile
 from ...hosts.handles import Watching, watch
-from ...worlds.text import text
 from ..base import ClaimNumbers, MethodSystem
 from ._rewards import reinforced
+from ._rhythm import following
 
 Credit = Literal["uniform", "preplan", "anchor", "coupled"]
 KINDS: tuple[Credit, ...] = ("uniform", "coupled")  # that are compared
@@ -73,15 +72,20 @@ class PreplanAnchor(MethodSystem):
         later = (size - torch.arange(size)).clamp(max=self.far + 1) - self.near
         return waad[:, ranked[:some]].mean(1), mass[:, ranked[-some:]].mean(1) / later.clamp(min=1)
 
+    def chosen(self, waad: Tensor, fai: Tensor) -> tuple[Tensor, Tensor]:
+        """Preplan tokens and anchors of answers ``[B, T]``, from their metrics: 1 there, 0 elsewhere."""
+        count = max(1, round(self.top * waad.shape[1]))
+        change = (waad - waad.roll(-1, 1)).abs()
+        change[:, -1] = 0
+        preplan, anchor = (torch.zeros_like(x).scatter(1, x.topk(count).indices, 1) for x in (change, fai))
+        return preplan, anchor
+
     def credit(self, waad: Tensor, fai: Tensor, kind: Credit = "coupled") -> Tensor:
         """What each token of answers ``[B, T]`` is credited with, from their metrics."""
         if kind not in get_args(Credit):
             raise SpecError(f"PreplanAnchor.credit: expected a kind of {', '.join(get_args(Credit))}; got {kind!r}")
-        count = max(1, round(self.top * waad.shape[1]))
-        change = (waad - waad.roll(-1, 1)).abs()
-        change[:, -1] = 0
+        preplan, anchor = ((self.amplify - 1) * x for x in self.chosen(waad, fai))
         more = torch.zeros_like(waad)
-        preplan, anchor = (more.scatter(1, x.topk(count).indices, self.amplify - 1) for x in (change, fai))
         if kind != "coupled":
             return 1 + {"uniform": more, "preplan": preplan, "anchor": anchor}[kind]
         for b, t in ((anchor > 0) & (preplan == 0)).nonzero().tolist():
@@ -95,7 +99,7 @@ class PreplanAnchor(MethodSystem):
         """The rhythm in prose against shifted copies; and a small model that learns by rewards, with either credit."""
         from ...study import probes
 
-        found = _coupling(self, probes.embedded())
+        found = following(PreplanAnchor(top=0.1), probes.embedded())
         learned = {kind: [reinforced(PreplanAnchor(near=1, far=4), kind, seed) for seed in range(4)] for kind in KINDS}
         uniform, coupled = (fmean(each) for each in learned.values())
         gap = torch.tensor(learned["coupled"]) - torch.tensor(learned["uniform"])
@@ -135,20 +139,3 @@ class FutureMass(Stat):
     def see(self, tile: Tile) -> tuple[Tensor, ...]:
         later = (tile.at.distance >= self.near) & (tile.at.distance <= self.far)
         return (torch.where(later, tile.weights, 0).sum(-2),)
-
-
-@torch.no_grad()
-def _coupling(system: PreplanAnchor, model: Any) -> Tensor:
-    """Share of anchors at or up to two tokens after a preplan token ``[2, texts]``: in texts, and if shifted."""
-    shares = []
-    for example in islice(text(384, "rhythm"), 12):
-        with system.apply(model) as watching:
-            model(example.tokens[None], use_cache=False, logits_to_keep=1)
-        waad, fai = (x[0, 1 : -system.near] for x in system.rhythm(watching))  # later tokens have no future
-        preplan, anchor = (torch.zeros_like(x).index_fill(0, x.topk(len(x) // 10).indices, 1) for x in (
-            (waad - waad.roll(-1)).abs(), fai
-        ))  # fmt: skip
-        near = torch.stack([preplan.roll(i) for i in range(3)]).amax(0)
-        shifted = torch.stack([near.roll(i) for i in range(20, len(near) - 20, 8)]).mean(0)
-        shares.append([float((x * anchor).sum() / anchor.sum()) for x in (near, shifted)])
-    return torch.tensor(shares).T

@@ -17,10 +17,6 @@ call's last token is mixed, so those that are decoded too. The tasks are such as
 
 from __future__ import annotations
 
-import random
-import re
-import string
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from statistics import fmean
 from typing import Any
@@ -30,13 +26,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ...core.errors import SpecError
-from ...worlds.text import encode, heldout
+from ...worlds.letters import shown, tasks
 from ..base import ClaimNumbers, MethodSystem
 from ..explain._heads import heads, projections
 
 SHOTS, PROMPTS = 10, 50  # of a prompt, and prompts of a task's embeddings
 GAIN = 0.1  # over few-shot prompts, on average over the tasks: the least of the paper's
-Task = Callable[[random.Random], tuple[str, str]]  # draws an input and its output
 
 
 class SoftInjection(MethodSystem):
@@ -121,33 +116,3 @@ def accuracy(model: Any, prompts: Tensor, answers: Tensor, system: SoftInjection
     with (system or SoftInjection(mix=0.0)).apply(model):
         said = model(prompts, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
     return float((said == answers).float().mean())
-
-
-def tasks() -> dict[str, Task]:
-    """From a letter, or from a word of five, to one letter."""
-    words = sorted(set(re.findall(r"\b[a-z]{5}\b", heldout().decode())))
-    letters = string.ascii_lowercase
-
-    def each(inputs: str | list[str], output: Callable[[str], str]) -> Task:
-        def draw(rng: random.Random) -> tuple[str, str]:
-            x = rng.choice(inputs)
-            return x, output(x)
-
-        return draw
-
-    return {
-        "same": each(letters, str), "upper": each(letters, str.upper), "lower": each(letters.upper(), str.lower),
-        "first": each(words, lambda x: x[0]), "last": each(words, lambda x: x[-1]),
-        "vowel": each(letters, lambda x: "y" if x in "aeiou" else "n"),
-    }  # fmt: skip
-
-
-def shown(task: Task, shots: int, count: int, seed: str) -> tuple[Tensor, Tensor]:
-    """Prompts ``[count, N]``: an input, after ``shots`` examples; and the output that comes next ``[count]``."""
-    rng, prompts, answers = random.Random(seed), [], []
-    for _ in range(count):
-        asked, answer = task(rng)
-        page = "".join("{}: {}\n".format(*task(rng)) for _ in range(shots))
-        prompts.append(encode(f"{page}{asked}: ".encode()))
-        answers.append(ord(answer))
-    return torch.stack(prompts), torch.tensor(answers)

@@ -1,5 +1,7 @@
 """Problems of points in the plane as a pointer network is given them, and how its answers are judged.
 
+A judge of ``(network, problems)`` lets the network answer; what it measures is a function of the answers alone.
+
 An answer counts points from 1; 0 is its end. Pointers ``[B, M]`` and true answers are written alike.
 """
 
@@ -7,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...worlds.batches import IGNORED
+
+if TYPE_CHECKING:
+    from ...study.trainer import Task
+
+BATCH, HELD = 128, 512  # problems in training and of each size to be judged by
 
 Posed = tuple[Tensor, Tensor, Tensor]
 """Points ``[B, N, 2]``, the answer ``[B, M]``, and the labels ``[B, M + 1]`` with its end."""
@@ -34,6 +41,40 @@ def mixed(world: Callable[..., Iterator[Any]], sizes: tuple[int, ...], batch: in
     """Endless batches, each of problems of one size, the sizes in turn."""
     for stream in cycle([world(n, f"{seed}/{n}") for n in sizes]):
         yield posed(stream, batch)
+
+
+def problems(
+    world: Callable[..., Iterator[Any]], sizes: tuple[int, ...], judge: Callable[[Any, Posed], Tensor], score: str
+) -> Task:
+    """To answer problems of these sizes; the score is what the judge says of others."""
+    from ...study.trainer import Task, labelled
+
+    held = [posed(world(n, "held"), HELD) for n in sizes]
+    return Task(lambda seed: mixed(world, sizes, BATCH, seed), labelled, lambda: held, judge, score)
+
+
+def exactness(network: Any, given: Posed) -> Tensor:
+    """:func:`exact` of a network's answers."""
+    points, told, _ = given
+    return exact(network.solve(points, told.shape[1] + 1), told)
+
+
+def area_covered(network: Any, given: Posed) -> Tensor:
+    """:func:`area` of a network's hulls."""
+    points, told, _ = given
+    return area(points, network.solve(points, points.shape[1]), told)
+
+
+def triangles_found(network: Any, given: Posed) -> Tensor:
+    """:func:`covered` of a network's triangles."""
+    points, told, _ = given
+    return covered(network.solve(points, told.shape[1]), told)
+
+
+def tour_length(network: Any, given: Posed) -> Tensor:
+    """:func:`detour` of a network's tours, which must visit every point."""
+    points, told, _ = given
+    return detour(points, network.solve(points, told.shape[1], tour=True), told)
 
 
 def exact(pointed: Tensor, told: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -45,6 +46,19 @@ def scarce(seed: int) -> Iterator[tuple[Tensor, ...]]:
 def held(count: int = 4) -> list[tuple[Tensor, ...]]:
     """Batches that are never trained on."""
     return [told(given) for given in islice(pairs(HELD), count)]
+
+
+@contextmanager
+def still(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These get no gradient, so an optimizer leaves them alone, until the context is left."""
+    learning = [p for p in parameters if p.requires_grad]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
 
 
 def importance(model: nn.Module, batch: Any, loss: Loss, layers: Sequence[MultiHead] | None = None) -> Tensor:

@@ -35,3 +35,9 @@ def pairs(seed: int, split: Split = "any") -> Iterator[Translation]:
 def told(given: Translation) -> tuple[Tensor, ...]:
     """Source, target so far, which of the source are words, and what follows: an EncoderDecoder's, with labels."""
     return given.tokens, given.target[:, :-1], given.tokens != 0, given.labels
+
+
+def aligned(looked: Tensor, given: Translation) -> float:
+    """Share of the target's words with a counterpart that find it: that ``looked [B, T, N]`` at it most."""
+    gold = given.alignment[:, 1:]  # a row of the target predicts the word after it
+    return float(gold.gather(-1, looked.argmax(-1, keepdim=True))[gold.any(-1)].float().mean())

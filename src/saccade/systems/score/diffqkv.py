@@ -22,8 +22,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core import masks
 from ...core.attend import weights
@@ -36,6 +35,7 @@ from ...nn.attention import AnyCache
 from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
 from ._projections import contest, step_times
+from ._swiglu import SwiGLU
 
 BYTES = 1 - 0.375  # of the cache of 16 key heads that stays with 4 (section 3.1)
 SAVED = 0.2  # of a decoding step's time; the paper measures up to 33% of attention's, and 25% of its kernel's
@@ -56,32 +56,13 @@ class Fetch(Edit):
         return torch.zeros_like(weights).scatter(-1, top.indices, top.values)
 
 
-class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, width: int, inner: int, out: int):
-        super().__init__()
-        self.gate, self.up = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
-        self.down = nn.Linear(inner, out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` to ``[..., out]``."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class FlexHeads(MultiHead):
     """Multi-head attention whose decoding steps read every head of keys and of values once."""
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        cache: AnyCache | None = None,
-        keep: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, cache: AnyCache | None = None, keep: Tensor | None = None,
         **given: Any,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """What the heads read."""
         if q.shape[2] > 1 or not isinstance(cache, KVCache) or not isinstance(self.spec, Attention):
             return super().attend(q, k, v, cache=cache, keep=keep, **given)

@@ -6,8 +6,7 @@
     symbols:           s[j] = softmax(x[j] Wt . templates / sqrt(D)) library                     by heads
     output:            [y; z], with softmax weights a and b from queries and keys of their own
 
-A symbol tags who was related without saying what it is. Sums change places: sum over j of b r[l, i, j] is the product
-of a query with the sum over j of b times the relation's keys, so relations never need a tensor of N² R.
+A symbol tags who was related without saying what it is.
 
 Paper: Disentangling and Integrating Relational and Sensory Information in Transformer Architectures, arXiv:2405.16727
 Code: https://github.com/Awni00/abstract_transformer (dual_attention.py, relational_attention.py, symbol_retrieval.py;
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,62 +33,16 @@ from ...core import masks
 from ...core.errors import SpecError
 from ...core.spec import Attention
 from ...nn import KVCache, MultiHead, ViT
-from ...nn.attention import AnyCache, join, split
+from ...nn.attention import AnyCache
 from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
+from ._relational_heads import Relational
 
-TASKS, EXAMPLES, BATCH = ("same", "between", "occurs"), 1000, 50
+if TYPE_CHECKING:
+    from ...worlds.relational import Task as Game
 
-
-class Symbols(nn.Module):
-    """A vector of a learned library for each token, by attention to learned templates."""
-
-    def __init__(self, width: int, count: int, heads: int):
-        super().__init__()
-        self.heads, self.query = heads, nn.Linear(width, width)
-        self.templates, self.library = nn.Parameter(torch.randn(count, width)), nn.Parameter(torch.randn(count, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, N, width]`` of a stream ``[B, N, width]``."""
-        keys, values = (split(table[None], self.heads) for table in (self.templates, self.library))
-        q = split(self.query(x), self.heads)
-        return join((q @ keys.mT * q.shape[-1] ** -0.5).softmax(-1) @ values)
-
-
-class Relational(MultiHead):
-    """Relational heads: ``[B, N, width]`` to ``[B, N, heads * head_width]``.
-
-    Args:
-        spec, width, heads, head_width, positions: as :class:`MultiHead`'s.
-        symbols: how many, and heads that retrieve them.
-        symmetric: relations whose queries are their keys.
-    """
-
-    def __init__(
-        self, spec: nn.Module, width: int, heads: int, head_width: int, positions: nn.Module | None,
-        symbols: tuple[int, int], symmetric: bool,
-    ):  # fmt: skip
-        super().__init__(spec, width, heads, head_width=head_width, positions=positions)
-        inner = heads * head_width
-        self.out = nn.Linear(inner, inner, bias=False)
-        self.symbols = Symbols(width, *symbols)
-        self.related_q = nn.Linear(width, inner, bias=False)
-        self.related_k = self.related_q if symmetric else nn.Linear(width, inner, bias=False)
-        self.related = nn.Parameter(torch.empty(heads, head_width, heads))  # Wr: [H, D, R]
-        nn.init.kaiming_uniform_(self.related, 5**0.5)
-
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys of the selection; values are a head's symbols, and beside them the keys of all relations."""
-        symbols = split(self.v(self.symbols(context)), self.heads)
-        keys = self.related_k(context)[:, None].expand(-1, self.heads, -1, -1)
-        return split(self.q(x), self.heads), split(self.k(context), self.heads), torch.cat([symbols, keys], -1)
-
-    def merge(self, out: Tensor, x: Tensor) -> Tensor:
-        """What was selected ``[B, H, N, D + R D]``: symbols, and keys that meet the queries of their relations."""
-        symbols, keys = out.tensor_split((self.head_width,), -1)
-        q = self.related_q(x).unflatten(-1, (self.heads, -1))
-        relations = torch.einsum("bnrp,bhnrp->bhnr", q, keys.unflatten(-1, (self.heads, -1))) * q.shape[-1] ** -0.5
-        return self.out(join(symbols + relations @ self.related.mT))
+GAMES: tuple[Game, ...] = ("same", "between", "occurs")
+EXAMPLES, BATCH = 1000, 50
 
 
 @dataclass
@@ -160,14 +113,15 @@ class DualAttention(LayerSystem):
     def claim(self) -> ClaimNumbers:
         """Relational games from a thousand examples: accuracy of this one and of a greater transformer without it."""
         from ...study.trainer import Recipe, Task, accuracy, compete, labelled
+        from ...worlds.relational import pictures
 
-        game = partial(ViT, 2, size=36, patch=12, channels=3, layers=2, heads=4, init="xavier")
+        model = partial(ViT, 2, size=36, patch=12, channels=3, layers=2, heads=4, init="xavier")
         dual = DualAttention(symbols=9, symmetric=True, causal=False)  # as many symbols as cells
-        contestants = {"sensory": partial(game, width=72), "dual": partial(game, width=64, attention=dual)}
+        contestants = {"sensory": partial(model, width=72), "dual": partial(model, width=64, attention=dual)}
         numbers: dict[str, Any] = {}
         gaps: dict[str, list[float]] = {}
-        for name in TASKS:
-            held = next(_games(name, "held", 1000))
+        for name in GAMES:
+            held = next(pictures(name, "held", 1000))
             task = Task(partial(_few, name), labelled, lambda: [held], accuracy, f"accuracy_{name}")  # noqa: B023
             result = compete(contestants, task, Recipe(300, 1e-3, (0, 1)))
             gaps[name] = [a - b for a, b in zip(result.scores["dual"], result.scores["sensory"], strict=True)]
@@ -185,16 +139,8 @@ class DualAttention(LayerSystem):
         )
 
 
-def _games(task: Any, seed: int | str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of pictures ``[size, 3, 36, 36]`` and answers."""
-    from ...worlds.relational import batch, games, images
-
-    stream = games(task, seed)
-    while True:
-        given = batch(stream, size)
-        yield images(given), given.answer
-
-
-def _few(task: str, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _few(game: Game, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The same examples over and over."""
-    return cycle(list(islice(_games(task, seed, BATCH), EXAMPLES // BATCH)))
+    from ...worlds.relational import pictures
+
+    return cycle(list(islice(pictures(game, seed, BATCH), EXAMPLES // BATCH)))

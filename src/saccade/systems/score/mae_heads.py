@@ -21,7 +21,6 @@ F step a draw) of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,26 +30,15 @@ from torch import Tensor, nn
 from ...core import masks
 from ...core.errors import SpecError
 from ...core.spec import Attention
-from ...nn import EncoderDecoder, KVCache, MultiHead
+from ...nn import EncoderDecoder, MultiHead
 from ...nn.attention import AnyCache
 from ...nn.backbones import Place, mean
 from ..base import ClaimNumbers, LayerSystem, Promises
-from ._routed_heads import Loss, held, scarce
+from ._routed_heads import Loss, held, scarce, still
+from ._running_mean import MeanCache
 from ._translation import vocabulary
 
 G_SHARE = 1 / 6  # of the steps
-
-
-@dataclass
-class MeanCache(KVCache):
-    """Keys, values, and the sum of what the layer was given so far ``[B, 1, width]``."""
-
-    total: Tensor | float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all three."""
-        return super().nbytes + (self.total.nbytes if isinstance(self.total, Tensor) else 0)
 
 
 class AttentiveExperts(MultiHead):
@@ -71,7 +59,12 @@ class AttentiveExperts(MultiHead):
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, cache: AnyCache | None = None, keep: Tensor | None = None
     ) -> Tensor:
-        """As :meth:`MultiHead.forward`; the gate reads what is attended to."""
+        """As :meth:`MultiHead.forward`; the gate reads what is attended to.
+
+        Raises: SpecError for a context where a causal gate or a cache goes on with the stream.
+        """
+        if context is not None and (self.causal or cache is not None):
+            raise SpecError("mae-heads: for cross-attention give causal=False and no cache: these follow the stream")
         seen = self.seen(x if context is None else context, cache, keep)
         q, k, v = self.placed(x, context, 0 if cache is None else cache.length)
         out = self.attend(q, k, v, cache=cache, keep=keep)
@@ -81,11 +74,7 @@ class AttentiveExperts(MultiHead):
         """The mean of the stream ``[B, 1, width]``, or of its tokens up to each ``[B, N, width]``."""
         if not self.causal:
             return mean(x, keep)[:, None]
-        before = cache if isinstance(cache, MeanCache) else MeanCache()
-        sums = x.to(torch.promote_types(x.dtype, torch.float32)).cumsum(1) + before.total
-        count = torch.arange(before.length + 1, before.length + 1 + x.shape[1], device=x.device)
-        before.total = sums[:, -1:]
-        return (sums / count[:, None]).to(x.dtype)
+        return (cache if isinstance(cache, MeanCache) else MeanCache()).means(x)
 
     def factors(self, seen: Tensor) -> Tensor:
         """What each head is multiplied by ``[B, N or 1, heads]``."""
@@ -96,13 +85,13 @@ class AttentiveExperts(MultiHead):
 
 
 class MAEHeads(LayerSystem):
-    """Settings: ``causal``."""
+    """Settings: ``causal`` (not for cross-attention)."""
 
     slug = "mae-heads"
     title = "Mixture of attentive experts (MAE)"
     paper = "https://arxiv.org/abs/2005.06537"
     code = "https://github.com/Noahs-ARK/MAE"
-    promises = Promises(hosts=())
+    promises = Promises(cross=False, hosts=())
 
     def __init__(self, causal: bool = True):
         self.causal = causal
@@ -118,36 +107,28 @@ class MAEHeads(LayerSystem):
         """Translation from 256 pairs: held-out loss of h heads and of mixtures of h - 1."""
         from ...study.trainer import Recipe, Task, compete, labelled
 
-        full = MAEHeads(causal=False)
-        unseen = held()
-        result = compete(
-            {
-                "mha": lambda: EncoderDecoder(vocabulary()),
-                "mae": lambda: EncoderDecoder(vocabulary(), attention=full, decoder=self, cross=full),
-            },
-            Task(scarce, alternating(labelled), lambda: unseen, labelled),
-            Recipe(steps=120),
-        )
+        full, unseen = MAEHeads(causal=False), held()
+        contestants = {
+            "mha": lambda: EncoderDecoder(vocabulary()),
+            "mae": lambda: EncoderDecoder(vocabulary(), attention=full, decoder=self, cross=full),
+        }
+        task = Task(scarce, alternating(labelled), lambda: unseen, labelled)
+        result = compete(contestants, task, Recipe(steps=120))
         excess = result.excess("mae", "mha")
         more = result.parameters("mae") / result.parameters("mha")
         return ClaimNumbers.decide(
             result.numbers()
-            | {
-                "excess_loss": round(excess.mean, 4), "excess_error": round(excess.error, 4),
-                "parameters_ratio": round(more, 3),
-            },
+            | {"excess_loss": round(excess.mean, 4), "excess_error": round(excess.error, 4),
+               "parameters_ratio": round(more, 3)},
             f"On sentences that were not trained on, the loss of mixtures of h - 1 heads differs by {excess.mean:+.4f}"
             f" nats per word (standard error {excess.error:.4f}) from {result.mean('mha'):.3f} of h heads, with"
             f" {more:.2f} times the parameters.",
-            better_than_h_heads=excess.mean < 0,
+            better_than_h_heads=excess.below,
         )  # fmt: skip
 
 
 def alternating(plain: Loss) -> Loss:
-    """A task's loss in steps of the two kinds, in training; that of a model without experts stays as it is.
-
-    What does not learn in a step gets no gradient from it, so an optimizer that is given none leaves it alone.
-    """
+    """A task's loss in steps of the two kinds, in training; that of a model without experts stays as it is."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         layers = [m for m in model.modules() if isinstance(m, AttentiveExperts)]
@@ -155,16 +136,12 @@ def alternating(plain: Loss) -> Loss:
             return plain(model, batch)
         gates = {p for layer in layers for p in layer.experts.parameters()}
         drawn = float(torch.rand(())) >= G_SHARE
-        still = [p for p in model.parameters() if p.requires_grad and (p in gates) == drawn]
         try:
-            for p in still:
-                p.requires_grad_(False)
             for layer in layers:
                 layer.drawn = drawn
-            return plain(model, batch)
+            with still(p for p in model.parameters() if (p in gates) == drawn):
+                return plain(model, batch)
         finally:
-            for p in still:
-                p.requires_grad_(True)
             for layer in layers:
                 layer.drawn = False
 

@@ -19,12 +19,9 @@ were made from. Two convolutions in a row (expand_conv) and a softmax of W are l
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import SpecError
@@ -32,10 +29,10 @@ from ...nn import GPT, KVCache
 from ...nn.attention import join, split
 from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
+from ._last_states import contrast, found, pairs, tokens_lost
 
 WIDER = 74  # a mixer's width, as large as a transformer of 64 over 64 tokens
-CLOSEST, ITERATIONS, RATES = 5, 500, (0.02, 0.002)  # of the reconstruction, theirs
-TEMPERATURE, PAIRS, CANDIDATES = 0.02, 16, 64  # of the retrieval
+PAIRS, CANDIDATES = 16, 64  # of the retrieval
 
 
 class Mixer(nn.Module):
@@ -97,74 +94,27 @@ class MaskedMixer(LayerSystem):
             "mixer": partial(GPT, BOS + 1, WIDER, attention=MaskedMixer(setup.context)),
         }
         trained = compete(models, language(setup), setup)
-        held = next(_pairs(setup.validation, setup.context, 4, "held"))[1]
-        lost = {name: _lost(trained.models[name][0], held) for name in models}
+        held = next(pairs(setup.validation, setup.context, 4, "held"))[1]
+        lost = {name: tokens_lost(trained.models[name][0], held) for name in models}
         pretrained = {name: partial(copy.deepcopy, trained.models[name][0]) for name in models}
-        candidates = [next(_pairs(setup.validation, setup.context, CANDIDATES, i)) for i in range(4)]
+        candidates = [next(pairs(setup.validation, setup.context, CANDIDATES, i)) for i in range(4)]
         retrieval = Task(
-            partial(_pairs, setup.training, setup.context, PAIRS), _contrast, lambda: candidates, _found, "retrieved"
+            partial(pairs, setup.training, setup.context, PAIRS), contrast, lambda: candidates, found, "retrieved"
         )
-        found = compete(pretrained, retrieval, Recipe(60, 1e-3, (0, 1)))
-        gain = found.excess("mixer", "transformer")
+        searched = compete(pretrained, retrieval, Recipe(60, 1e-3, (0, 1)))
+        gain = searched.excess("mixer", "transformer")
         return ClaimNumbers.decide(
-            trained.numbers() | found.numbers()
+            trained.numbers() | searched.numbers()
             | {f"tokens_lost_{name}": round(share, 4) for name, share in lost.items()}
             | {f"parameters_{name}": trained.parameters(name) for name in models}
             | {"retrieval_gain": round(gain.mean, 4), "retrieval_gain_error": round(gain.error, 4)},
             f"Inputs that gradient descent finds for the last states miss {lost['mixer']:.1%} of tokens with a mixer"
             f" and {lost['transformer']:.1%} with a transformer of as many parameters (loss on prose"
             f" {trained.mean('mixer'):.3f} and {trained.mean('transformer'):.3f}). Of {CANDIDATES} pages the one that"
-            f" half its words were taken from is found in {found.mean('mixer'):.1%} and"
-            f" {found.mean('transformer'):.1%} of cases (difference {gain.mean:+.1%}, standard error"
+            f" half its words were taken from is found in {searched.mean('mixer'):.1%} and"
+            f" {searched.mean('transformer'):.1%} of cases (difference {gain.mean:+.1%}, standard error"
             f" {gain.error:.1%}).",
             better_reconstruction=lost["mixer"] < lost["transformer"],
             better_retrieval=gain.mean > 2 * gain.error,
             equal_size=abs(trained.parameters("mixer") / trained.parameters("transformer") - 1) < 0.02,
         )  # fmt: skip
-
-
-def _lost(model: GPT, tokens: Tensor) -> float:
-    """Share of tokens not among the closest of an input with the same last states, found by gradient descent."""
-
-    def states(x: Tensor) -> Tensor:
-        for block in model.stack.blocks:
-            x = block(x)
-        return x
-
-    table = model.embed.table.weight.detach()
-    with torch.no_grad():
-        target = states(table[tokens])
-    x = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    for i in range(ITERATIONS):
-        x.requires_grad_()
-        (grad,) = torch.autograd.grad((states(x) - target).abs().sum(), x)
-        x = x.detach() - (RATES[0] + (RATES[1] - RATES[0]) * i / ITERATIONS) * grad
-    closest = (x @ torch.linalg.pinv(table)).topk(CLOSEST).indices
-    return float((closest != tokens[..., None]).all(-1).float().mean())
-
-
-def _pairs(source: bytes, length: int, size: int, seed: int | str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless pairs of questions and pages ``[size, length]``: half of a page's words, in order, and the page."""
-    from ...worlds.text import encode, window
-
-    rng = random.Random(f"pairs/{seed}")
-    while True:
-        pages = [window(source, length - 1, rng) for _ in range(size)]
-        kept = [b" ".join(word for word in page.split() if rng.random() < 0.5).rjust(length - 1) for page in pages]
-        yield torch.stack([encode(page) for page in kept]), torch.stack([encode(page) for page in pages])
-
-
-def _similar(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Cosine ``[size, size]`` of the last token's states: each question with each page."""
-    questions, pages = (F.normalize(model.states(x)[:, -1], dim=-1) for x in pairs)  # type: ignore[operator]
-    return questions @ pages.mT
-
-
-def _contrast(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """InfoNCE: every question's page against all others of the batch."""
-    return F.cross_entropy(_similar(model, pairs) / TEMPERATURE, torch.arange(len(pairs[0])))
-
-
-def _found(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Share of questions whose page is the closest."""
-    return (_similar(model, pairs).argmax(-1) == torch.arange(len(pairs[0]))).float().mean()

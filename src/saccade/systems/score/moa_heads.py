@@ -134,7 +134,7 @@ class MoAHeads(LayerSystem):
             f" {excess.mean:+.4f} nats per byte (standard error {excess.error:.4f}) from {result.mean('mha'):.4f}.",
             no_more_operations=cost <= 1,
             more_capacity=parameters["moa"] > parameters["mha"],
-            lower_loss=excess.mean < 0,
+            lower_loss=excess.below,
         )  # fmt: skip
 
 

@@ -96,17 +96,15 @@ class NeuralAttention(LayerSystem):
         readers = {"dot": lambda: Reader(Attention()), "neural": lambda: Reader(full.program(WIDTH))}
         read = compete(readers, task, Recipe(steps=1500))
 
-        setup = Setup(steps=100, seeds=(0, 1))
+        setup, plain = Setup(steps=100, seeds=(0, 1)), Attention(mask=masks.Causal())
         width = setup.width // setup.heads
-        text = compare(
-            {"dot": lambda s, layer: _causal(), "neural": lambda s, layer: _causal() if layer else self.program(width)},
-            setup,
-        )
+        models = {"dot": lambda s, layer: plain, "neural": lambda s, layer: plain if layer else self.program(width)}
+        text = compare(models, setup)
         excess = text.excess("neural", "dot")
         perplexity = float(torch.tensor(excess.mean).exp()) - 1
 
         q, k, v = torch.randn(3, 1, 8, 1024, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
-        programs = {"dot": _causal(), "neural": self.program(64)}
+        programs = {"dot": plain, "neural": self.program(64)}
         with torch.no_grad():
             cost = interleaved({n: partial(attention, q, k, v, spec) for n, spec in programs.items()}, 7)
         slower = cost.ratio("neural", "dot")
@@ -123,10 +121,6 @@ class NeuralAttention(LayerSystem):
             dot_product_fails=read.mean("dot") < SOLVED,
             perplexity_lower_by_two_percent=perplexity <= -LOWER,
         )  # fmt: skip
-
-
-def _causal() -> Attention:
-    return Attention(mask=masks.Causal())
 
 
 class Reader(nn.Module):

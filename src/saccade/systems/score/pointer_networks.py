@@ -22,10 +22,8 @@ from __future__ import annotations
 
 from functools import partial
 from statistics import fmean
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.scores import Additive
@@ -33,11 +31,11 @@ from ...core.spec import Attention
 from ...nn import MultiHead
 from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
-from ._points import Posed, area, covered, detour, exact, mixed, posed
+from ._pointer_network import PointerNetwork
+from ._points import area_covered, exactness, problems, tour_length, triangles_found
 
-FIRST = 0.08  # weights are drawn from +- this
 SIZES, LONGER = (5, 6, 7, 8), 14  # points of a hull, in training and beyond
-WIDTH, BATCH, HELD, RATE = 64, 128, 512, 5e-3  # of the claim
+WIDTH, RATE = 64, 5e-3  # of the claim
 CLOSE = 0.9  # area of the hull and beyond the lengths of training: "approximate solutions" (the paper's: 0.99)
 TRIANGLES = 0.8  # of 5 points that must be found (the paper's: 0.93, and 0.81 of 10 points)
 DETOUR = 1.05  # length of a tour of 5 points, of the shortest one's (the paper's: 1.00)
@@ -58,66 +56,6 @@ class Pointing(MultiHead):
         return torch.tanh(q[:, :, None] + k[:, None]) @ form.energy  # so few points that [N, M, width] is cheap
 
 
-class PointerNetwork(nn.Module):
-    """Points ``[B, N, 2]`` and an answer so far to logits of the next position; 0 is the end, points count from 1.
-
-    Args:
-        hidden: width of both LSTMs.
-        table: answers of the paper's baseline, which blends instead of pointing; ``None``: a pointer network.
-    """
-
-    def __init__(self, hidden: int = 256, table: int | None = None):
-        super().__init__()
-        self.embed = nn.Linear(2, hidden, bias=False)
-        self.encoder, self.decoder = (nn.LSTM(hidden, hidden, batch_first=True) for _ in range(2))
-        self.end = nn.Parameter(torch.zeros(hidden))
-        self.pointing = Pointing(hidden)
-        self.table = None if table is None else nn.Linear(2 * hidden, table)
-        for p in self.parameters():
-            nn.init.uniform_(p, -FIRST, FIRST)
-
-    def forward(self, points: Tensor, answer: Tensor) -> Tensor:
-        """Logits ``[B, M + 1, N + 1]`` of what follows each of the answer ``[B, M]`` (what follows its end is junk)."""
-        read, keys, state = self.encode(points)
-        return self.step(read, keys, F.pad(answer.clamp(min=0), (1, 0)), state)[0]
-
-    def encode(self, points: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """What the decoder reads and what it points at, ``[B, N + 1, hidden]`` each, and its first state."""
-        read = self.embed(points)
-        keys, state = self.encoder(read)
-        end = self.end.expand(len(points), 1, -1)
-        return torch.cat([end, read], 1), torch.cat([end, keys], 1), state
-
-    def step(
-        self, read: Tensor, keys: Tensor, last: Tensor, state: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Logits after each of ``last [B, n]`` and the new state."""
-        out, state = self.decoder(read.gather(1, last[..., None].expand(-1, -1, read.shape[-1])), state)
-        logits = self.pointing.logits(out, keys)
-        if self.table is not None:
-            logits = self.table(torch.cat([out, logits.softmax(-1) @ keys], -1))
-        return logits, state
-
-    @torch.no_grad()
-    def solve(self, points: Tensor, most: int, *, tour: bool = False) -> Tensor:
-        """The likeliest answers, one after the other: ``[B, most]``, 0 from the end on. ``tour``: all points once."""
-        read, keys, state = self.encode(points)
-        last = torch.zeros(len(points), 1, dtype=torch.long, device=points.device)
-        ended, said = torch.zeros_like(last, dtype=torch.bool), torch.zeros_like(keys[..., 0], dtype=torch.bool)
-        found = []
-        for _ in range(most):
-            logits, state = self.step(read, keys, last, state)
-            if tour:
-                said[:, 0] = True
-                logits = logits.masked_fill(said[:, None], -torch.inf)
-            last = logits[..., : keys.shape[1]].argmax(-1)
-            ended |= last == 0
-            last = last.masked_fill(ended, 0)
-            said.scatter_(1, last, True)
-            found.append(last)
-        return torch.cat(found, 1)
-
-
 class PointerNetworks(LayerSystem):
     """No settings."""
 
@@ -131,31 +69,27 @@ class PointerNetworks(LayerSystem):
         """Content-based attention, the pointers being its weights."""
         return Pointing(place.width)
 
-    def model(self, hidden: int = 256) -> PointerNetwork:
+    def model(self, hidden: int = 256, table: int | None = None) -> PointerNetwork:
         """The whole architecture, its weights fresh."""
-        return PointerNetwork(hidden)
+        return PointerNetwork(Pointing, hidden, table)
 
     def claim(self) -> ClaimNumbers:
         """Hulls with pointers and with a table of answers, hulls of more points than in training, triangles, tours."""
-        from ...study.trainer import Recipe, Task, compete, labelled
+        from ...study.trainer import Recipe, compete
         from ...worlds.geometry import hull, tour, triangulation
 
-        def task(world: Any, sizes: tuple[int, ...], judge: Any, score: str) -> Task:
-            held = [posed(world(n, "held"), HELD) for n in sizes]
-            return Task(lambda seed: mixed(world, sizes, BATCH, seed), labelled, lambda: held, judge, score)
-
-        small = partial(PointerNetwork, WIDTH)
-        hulls = task(hull, SIZES, _exact, "accuracy")
-        contestants = {"pointing": small, "blending": partial(small, table=1 + max(SIZES))}
+        pointing = partial(self.model, WIDTH)
+        hulls = problems(hull, SIZES, exactness, "accuracy")
+        contestants = {"pointing": pointing, "blending": partial(pointing, table=1 + max(SIZES))}
         result = compete(contestants, hulls, Recipe(1200, RATE, (0,)))
         network = result.models["pointing"][0]
-        near = fmean(float(_area(network, given)) for given in hulls.held())
-        longer = posed(hull(LONGER, "held"), HELD)
-        far, far_exact = float(_area(network, longer)), float(_exact(network, longer))
-        triangles, tours = (
-            compete({"pointing": small}, task(world, (5,), judge, score), Recipe(steps, RATE, (0,))).mean("pointing")
-            for world, judge, score, steps in ((triangulation, _covered, "found", 1000), (tour, _detour, "length", 500))
-        )
+        near = fmean(float(area_covered(network, given)) for given in hulls.held())
+        (longer,) = problems(hull, (LONGER,), exactness, "accuracy").held()
+        far, far_exact = float(area_covered(network, longer)), float(exactness(network, longer))
+        found = problems(triangulation, (5,), triangles_found, "found")
+        triangles = compete({"pointing": pointing}, found, Recipe(1000, RATE, (0,))).mean("pointing")
+        length = problems(tour, (5,), tour_length, "length")
+        tours = compete({"pointing": pointing}, length, Recipe(500, RATE, (0,))).mean("pointing")
         return ClaimNumbers.decide(
             result.numbers()
             | {
@@ -173,23 +107,3 @@ class PointerNetworks(LayerSystem):
             triangles_found=triangles >= TRIANGLES,
             tours_short=tours <= DETOUR,
         )  # fmt: skip
-
-
-def _exact(network: Any, given: Posed) -> Tensor:
-    points, told, _ = given
-    return exact(network.solve(points, told.shape[1] + 1), told)
-
-
-def _area(network: Any, given: Posed) -> Tensor:
-    points, told, _ = given
-    return area(points, network.solve(points, points.shape[1]), told)
-
-
-def _covered(network: Any, given: Posed) -> Tensor:
-    points, told, _ = given
-    return covered(network.solve(points, told.shape[1]), told)
-
-
-def _detour(network: Any, given: Posed) -> Tensor:
-    points, told, _ = given
-    return detour(points, network.solve(points, told.shape[1], tour=True), told)

@@ -21,13 +21,11 @@ attention learned the task in the time there is, and Zoology's own law of distan
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,70 +34,15 @@ from torch import Tensor, nn
 from ...core import masks
 from ...core.attend import attention
 from ...core.errors import SpecError
-from ...core.masks import Mask, Span
 from ...core.scores import Bias
 from ...core.spec import Attention
-from ...core.tile import At
 from ...nn.attention import AnyCache, KVCache, MultiHead, grouped, join
+from ...nn.backbones import GPT, Place
 from ..base import ClaimNumbers, LayerSystem, Promises
-from .block_masks import codes
-
-if TYPE_CHECKING:
-    from ...nn.backbones import Place
+from ._greatest_so_far import strongest
 
 LENGTH, PAIRS, KEYS, VOCAB, WIDTH = 32, 4, 12, 40, 32  # of the claim; KEYS: that a query reads
 LEAD = 0.05  # accuracy that counts as above
-
-
-class AtLeast(Mask):
-    """Keys whose rank is at least what a query asks for.
-
-    Args:
-        rank: of the keys, ``[B, G, M]``, G a divisor of the number of heads.
-        least: of the queries, ``[B, G, N]``.
-    """
-
-    rank: Tensor
-    least: Tensor
-
-    def __init__(self, rank: Tensor, least: Tensor):
-        super().__init__()
-        self.hold("rank", rank)
-        self.hold("least", least)
-
-    def visible(self, at: At) -> Tensor:
-        group = at.h // (at.heads // self.rank.shape[1])
-        return self.rank[at.b, group, at.k] >= self.least[at.b, group, at.q]
-
-    def blocks(self, span: Span) -> Tensor:
-        lowest, highest = _extent(self.rank, span.k_lo[0], span.k_hi[0])
-        easiest, hardest = _extent(self.least, span.q_lo[:, 0], span.q_hi[:, 0])
-        found = codes(highest[..., None, :] < easiest[..., None], lowest[..., None, :] >= hardest[..., None])
-        return found.repeat_interleave(span.heads // self.rank.shape[1], 1)
-
-
-def _extent(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest of ``x[..., lo:hi + 1]`` for each of these runs."""
-    width = int((hi - lo).max()) + 1
-    runs = x[..., torch.minimum(lo[:, None] + torch.arange(width, device=x.device), hi[:, None])]
-    return runs.amin(-1), runs.amax(-1)
-
-
-@torch.no_grad()
-def strongest(bias: Tensor, window: int, start: int = 0) -> AtLeast:
-    """For the queries from ``start`` on, the ``window`` keys of greatest bias ``[B, G, M]`` up to each; later ones too
-    where they are greater, so it needs a causal mask beside it."""
-    rank = bias.argsort(stable=True).argsort()
-    rows = []
-    for ranks in rank.flatten(0, 1).tolist():
-        best = heapq.nlargest(window, ranks[:start])
-        best = [-1] * (min(window, len(ranks)) - len(best)) + best[::-1]  # ascending, so it is a heap
-        least = []
-        for each in ranks[start:]:
-            heapq.heappushpop(best, each)
-            least.append(best[0])
-        rows.append(least)
-    return AtLeast(rank, torch.tensor(rows, device=bias.device).unflatten(0, bias.shape[:2]))
 
 
 @dataclass
@@ -133,14 +76,13 @@ class DynamicMask(MultiHead):
         **given: Any,
     ) -> Tensor:  # fmt: skip
         bias = torch.exp(self.A.weight * F.softplus(self.dt(join(v))).mT)
-        start = 0
+        start = 0 if cache is None else cache.length
         if isinstance(cache, BiasCache):
-            start = cache.length
             k, v = cache.append(k, v)
             bias = cache.bias = bias if cache.bias is None else torch.cat([cache.bias, bias], -1)
         mask = self.spec.mask
         if keep is not None:  # padding takes nobody's place
-            bias, mask = bias.masked_fill(~keep[:, None], -math.inf), mask & masks.Padding(keep)
+            bias, mask = bias.masked_fill(~keep[:, None], -torch.inf), mask & masks.Padding(keep)
         k, v = grouped(k, v)
         added = Bias(bias.repeat_interleave(self.heads // self.value_heads, 1)[:, :, None])
         return attention(q, k, v, Attention(added, mask & strongest(bias, self.window, start)), offset=start)
@@ -175,13 +117,13 @@ class DMA(LayerSystem):
                 drawn = batch(stream, 64)
                 yield drawn.inputs, drawn.labels
 
-        full, near = Attention(mask=masks.Causal()), Attention(mask=masks.Causal() & masks.Window(KEYS))
-        contestants: dict[str, DMA | Attention] = {"full": full, "window": near, "dma": DMA(KEYS)}
+        contestants = {
+            "full": partial(_model, Attention(mask=masks.Causal())),
+            "window": partial(_model, Attention(mask=masks.Causal() & masks.Window(KEYS))),
+            "dma": partial(_model, DMA(KEYS)),
+        }
         task = Task(batches, labelled, lambda: islice(batches(999), 8), measure=accuracy, score="accuracy")
-        result = compete(
-            {name: partial(_model, what) for name, what in contestants.items()},
-            task, Recipe(steps=900, lr=1e-2, seeds=(0,)),
-        )  # fmt: skip
+        result = compete(contestants, task, Recipe(steps=900, lr=1e-2, seeds=(0,)))
         lead = result.excess("dma", "window").mean
         return ClaimNumbers.decide(
             result.numbers() | {"lead": round(lead, 4)},
@@ -194,8 +136,6 @@ class DMA(LayerSystem):
 
 def _model(what: DMA | Attention) -> nn.Module:
     """Two layers, the first a short gated convolution as in Zoology's models, the second what is judged."""
-    from ...nn import GPT
-    from ...nn.backbones import Place
     from ...study.zoology import BaseConv, ShortConvolution
 
     class First(BaseConv):

@@ -22,12 +22,10 @@ code's, whose neighbouring values differ in one bit only up to two planes; the p
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -35,64 +33,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...core.attend import attention
 from ...core.errors import SpecError
-from ...core.masks import Causal, Mask
-from ...core.scores import Dot
-from ...core.spec import Attention
-from ...core.stats import LogSumExp
-from ...core.tile import At
-from ...hosts.replaced import replaced
+from ...core.masks import Causal
 from ..base import ClaimNumbers, MethodSystem, Promises
+from ._hashed_blocks import HashedBlocks
+from ._merged import Found, exact, merge
+from ._spectral import spectral_error
+from ._whole_prompts import on_whole_prompts
 
 SPEEDUP = 5.0  # at 131072 tokens, causal, as the paper has it
 FEW, MANY = 64, 1024  # samples of the error's two ends; a sampling error falls by four between them
 FALLS = 2.0  # how many times it must fall at least
 
-Found = tuple[Tensor, Tensor]  # output [B, H, N, Dv] and log-sum-exp [B, H, N]
 
-
-class Elsewhere(Mask):
-    """Sampled keys outside the block of the query: ``home`` ``[B, H, S]`` is their block, ``rows`` its queries."""
-
-    home: Tensor
-
-    def __init__(self, home: Tensor, rows: int):
-        super().__init__()
-        self.rows = rows
-        self.hold("home", home)
-
-    def visible(self, at: At) -> Tensor:
-        return self.home[at.b, at.h, at.k] != at.q // self.rows
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Any = None) -> Found:
-    """The engine's attention with its log-sum-exp."""
-    spec = Attention(score=[Dot(scale)], mask=mask)
-    out, seen = attention(q, k, v, spec, stats=[LogSumExp()], offset=0)
-    return out, seen["log_sum_exp"]
-
-
-def merge(one: Found, other: Found) -> Found:
-    """Attention to two sets of keys as one."""
-    share = torch.sigmoid(one[1] - other[1])[..., None].to(one[0].dtype)
-    return share * one[0] + (1 - share) * other[0], torch.logaddexp(one[1], other[1])
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``[B, H, S]`` of ``[B, H, N, D]``."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
-
-
-@dataclass
-class Hyper:
-    """The mechanism: ``planes`` ``[D, r]`` of the hash, and the settings of :class:`HyperAttention`."""
-
-    planes: Tensor
-    block: int = 256
-    samples: int = 256
-    shortest: int = 4096
-    source: torch.Generator = field(default_factory=torch.Generator)
+class Hyper(HashedBlocks):
+    """The mechanism: ``unmasked``, and by recursion causal."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False) -> Found:
         """Attention of ``[B, H, N, D]``; causal needs as many queries as keys."""
@@ -109,36 +64,6 @@ class Hyper:
         far = self.unmasked(q[:, :, half:], k[:, :, :half], v[:, :, :half], scale)
         low, low_lse = merge((out[:, :, half:], lse[:, :, half:]), far)
         return torch.cat([out[:, :, :half], low], 2)[:, :, :n], torch.cat([lse[..., :half], low_lse], -1)[..., :n]
-
-    def hash(self, x: Tensor) -> Tensor:
-        """Bucket of each vector, ``[..., N]``."""
-        bits = (x @ self.planes.to(x)) > 0
-        code = (bits << torch.arange(bits.shape[-1], device=x.device)).sum(-1)
-        return code ^ (code >> 1)
-
-    def unmasked(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Found:
-        """Every query to every key."""
-        (batch, heads, n, _), m = q.shape, k.shape[2]
-        if n < self.shortest:
-            return exact(q, k, v, scale)
-        order, key_order = (self.hash(x).argsort(dim=-1, stable=True) for x in (q, k))
-        q, k, v = take(q, order), take(k, key_order), take(v, key_order)
-        count = -(-m // self.block)
-        rows = -(-(n + -n % self.block) // count)  # of queries in a block: as many as keys where n is m
-        cut = [
-            pad(x, (0, 0, 0, count * size - x.shape[2])).view(batch * heads, count, size, -1)
-            for x, size in ((q, rows), (k, self.block), (v, self.block))
-        ]
-        real = None if m % self.block == 0 else lambda b, h, q, k: h * self.block + k < m
-        out, lse = exact(cut[0], cut[1], cut[2], scale, real)
-        near = out.reshape(batch, heads, -1, v.shape[-1])[:, :, :n], lse.reshape(batch, heads, -1)[..., :n]
-        found = near
-        if self.samples and n > rows and m > self.block:
-            drawn = torch.randint(m, (batch, heads, self.samples), generator=self.source).to(q.device)
-            far, lse = exact(q, take(k, drawn), take(v, drawn), scale, Elsewhere(drawn // self.block, rows))
-            found = merge(near, (far, lse + math.log(m / self.samples)))
-        back = order.argsort(-1)
-        return take(found[0], back), found[1].gather(2, back)
 
 
 class HyperAttention(MethodSystem):
@@ -167,30 +92,26 @@ class HyperAttention(MethodSystem):
         planes = torch.randn(width, self.planes, generator=source)
         return Hyper(planes, self.block, self.samples, self.shortest, source)
 
-    @contextmanager
-    def apply(self, model: Any) -> Iterator[None]:
+    def apply(self, model: Any) -> AbstractContextManager[None]:
         """Read whole prompts this way, in every layer of a causal model of transformers, until the context is left."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        made: dict[int, Hyper] = {}
+        def layer(module: Any, q: Tensor) -> Callable[..., Tensor]:
+            hyper = self.make(q.shape[-1])
 
-        def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, None]:
-            if mask is not None or q.shape[2] != k.shape[2] or q.shape[2] <= self.shortest:
-                return sdpa_attention_forward(module, q, k, v, mask, **given)  # type: ignore[return-value]
-            hyper = made.setdefault(id(module), self.make(q.shape[-1]))
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            return hyper(q, k, v, given.get("scaling"), causal=True)[0].transpose(1, 2).contiguous(), None
+            def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+                return hyper(q, k, v, scale, causal=True)[0]
 
-        with replaced(model, attend):
-            yield
+            return attend
+
+        return on_whole_prompts(model, layer, self.shortest + 1)
 
     def claim(self) -> ClaimNumbers:
         """Error in the theorem's norm by the number of samples, what the hash is worth, and time against SDPA."""
         plain, planted = _inputs(planted=False), _inputs(planted=True)
-        alpha = _alpha(*plain)
-        errors = {s: _error(HyperAttention(samples=s, shortest=1), *plain) for s in (FEW, 256, MANY)}
-        hashed = _error(HyperAttention(shortest=1), *planted)
-        unhashed = _error(HyperAttention(planes=0, shortest=1), *planted)
+        errors = {s: spectral_error(HyperAttention(samples=s, shortest=1).make(64), *plain) for s in (FEW, MANY)}
+        hashed = spectral_error(HyperAttention(shortest=1).make(64), *planted)
+        unhashed = spectral_error(HyperAttention(planes=0, shortest=1).make(64), *planted)
         speedup = {}
         for n, rounds in ((32768, 3), (131072, 1)):
             q, k, v = torch.randn(3, 1, 1, n, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
@@ -201,7 +122,6 @@ class HyperAttention(MethodSystem):
         return ClaimNumbers.decide(
             {f"error_{s}_samples": round(e, 5) for s, e in errors.items()}
             | {"error_planted": round(hashed, 5), "error_planted_without_hash": round(unhashed, 5)}
-            | {"alpha": round(alpha, 1)}
             | {f"speedup_{n}": round(x, 2) for n, x in speedup.items()},
             f"The error in the operator norm, of |W||V|, falls from {errors[FEW]:.4f} with {FEW} samples to"
             f" {errors[MANY]:.4f} with {MANY}; where queries have heavy keys it is {hashed:.4f}, without the hash"
@@ -228,26 +148,3 @@ def _inputs(planted: bool, n: int = 4096, width: int = 64) -> tuple[Tensor, Tens
     if planted:
         q = 1.1 * k[:, :, torch.randperm(n, generator=source)] + 0.2 * q
     return q, k, v
-
-
-def _weights(q: Tensor, k: Tensor) -> Tensor:
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-
-
-def _alpha(q: Tensor, k: Tensor, v: Tensor) -> float:
-    """The paper's first measure of hardness: N times the largest squared norm of a column of the weights."""
-    return float(_weights(q, k).square().sum(-2).amax()) * k.shape[2]
-
-
-@torch.no_grad()
-def _error(system: HyperAttention, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """``|out - W V| / (|W| |V|)`` in the operator norm, the mean over heads."""
-    w = _weights(q, k)
-    x = torch.ones_like(v[..., :1])
-    for _ in range(10):  # power iteration: the largest singular value of W is far from the second
-        x = ((w @ x).mT @ w).mT
-        x = x / x.norm(dim=-2, keepdim=True)
-    norm = (w @ x).norm(dim=-2)[..., 0]
-    off = system.make(q.shape[-1])(q, k, v)[0] - w @ v
-    size: Tensor = torch.linalg.matrix_norm(off, 2) / (norm * torch.linalg.matrix_norm(v, 2))
-    return float(size.mean())

@@ -18,16 +18,14 @@ them), not by their id. Every query and head retrieves for itself, as the offici
 official code retrieves from its cache alone and reads the current chunk whole, and here there are no chunks. The new
 positions that it gives to retrieved keys (needed by a rotary model beyond its training length) are left to the model,
 whose keys arrive with positions; so the offloaded cache is not here, and the claim's model has no positions: its pass
-key is the one beside a star, its text 16 times as long as what it was taught with. Group dropout is left out.
+key is the one in the block of a star, its text 16 times as long as what it was taught with. Group dropout is left out.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core import masks
 from ...core.errors import SpecError
@@ -36,16 +34,11 @@ from ...core.selectors import Select, Selection
 from ...core.spec import Attention
 from ...core.tile import At
 from ..base import ClaimNumbers, Promises, System
-
-if TYPE_CHECKING:
-    from ...nn import GPT
-
+from ._routed_blocks import own_and_best
 
 TEXT, TAUGHT, LONG = 15, 8, 128  # of the claim: text per block, and blocks; the paper goes from 2k to 32k tokens
 KEPT = 2  # blocks retrieved
 FOUND = 0.9  # share of the pass keys
-FILLER, KEYS = 32, 8
-STAR, ASK, MARK = range(FILLER + KEYS, FILLER + KEYS + 3)
 
 
 class GroupedSoftmax(Normalizer):
@@ -98,14 +91,8 @@ class Retrieve(Select):
     def choose(self, q: Tensor, k: Tensor, codes: Tensor) -> Selection:
         landmarks = k[:, :, self.columns - 1 :: self.columns].repeat_interleave(q.shape[1] // k.shape[1], 1)
         score = q @ landmarks.mT
-        count = codes.shape[-1]
-        score = F.pad(score, (0, count - score.shape[-1]))  # the last block may lack its landmark
-        order = torch.arange(count, device=q.device)
-        own = torch.where(codes > masks.EMPTY, order, -1).amax(-1, keepdim=True)
-        past = (codes > masks.EMPTY) & (order < own)
-        best, blocks = score.masked_fill(~past, HIDDEN).topk(min(self.keep, count), -1)
-        own = own.expand(*blocks.shape[:-1], 1)
-        return Selection(torch.cat([blocks.masked_fill(best == HIDDEN, -1), own], -1), 1, self.columns)
+        score = F.pad(score, (0, codes.shape[-1] - score.shape[-1]))  # the last block may lack its landmark
+        return Selection(own_and_best(score, codes, self.keep), 1, self.columns)
 
 
 class Landmark(System):
@@ -129,15 +116,20 @@ class Landmark(System):
 
     def claim(self) -> ClaimNumbers:
         """Pass keys in a text of many blocks, found by a model that was taught with few; all blocks and some."""
-        model = _taught()
-        every = _logits(model, Landmark(TEXT, TAUGHT), TAUGHT)
-        difference = float((every - _logits(model, Landmark(TEXT), TAUGHT)).abs().max())
+        from ...study.passkeys import read_starred, teach_starred
+        from ...worlds.starred import KEYS
+
+        program = {keep: Landmark(TEXT, keep).build(2) for keep in (None, TAUGHT, KEPT, 1)}
+        model = teach_starred(program[None], 2, TAUGHT, TEXT)
         found = {
-            f"{blocks} blocks, {keep} retrieved": _found(model, Landmark(TEXT, keep), blocks)
+            f"{blocks} blocks, {keep} retrieved": read_starred(model, program[keep], blocks, TEXT)[1]
             for blocks in (TAUGHT, LONG)
             for keep in (KEPT, 1)
         }
-        own = _found(model, Landmark(TEXT), LONG, masks.Blocks(TEXT + 1))
+        every, grouped = (read_starred(model, program[keep], TAUGHT, TEXT)[0] for keep in (TAUGHT, None))
+        difference = float((every - grouped).abs().max())
+        alone = Attention(mask=masks.Causal() & masks.Blocks(TEXT + 1), normalizer=GroupedSoftmax(TEXT + 1))
+        own = read_starred(model, alone, LONG, TEXT)[1]
         told = ", ".join(f"{name}: {share:.0%}" for name, share in found.items())
         return ClaimNumbers.decide(
             {"found": found, "own_block_alone": own, "difference_all_retrieved": difference},
@@ -148,59 +140,3 @@ class Landmark(System):
             found_beyond_the_taught_length=found[f"{LONG} blocks, {KEPT} retrieved"] >= FOUND,
             by_retrieval=own < 2 / KEYS,
         )
-
-
-def _pages(count: int, source: torch.Generator, blocks: int) -> tuple[Tensor, Tensor]:
-    """Texts ``[count, blocks * (TEXT + 1) - 1]`` and the key that each asks for at its end.
-
-    Every block holds a key, and only the one that is asked for stands in a block with a star: a mean over the blocks
-    does not tell it.
-    """
-
-    def draw(*given: Any) -> Tensor:
-        return torch.randint(*given, generator=source)
-
-    text, page = draw(FILLER, (count, blocks, TEXT)), torch.arange(count)
-    key, starred = draw(FILLER, FILLER + KEYS, (count, blocks)), draw(blocks, (count,))
-    spot = torch.rand(count, blocks, TEXT - 1, generator=source).argsort(-1)
-    text.scatter_(2, spot[..., :1], key[..., None])
-    text[page, starred, spot[page, starred, 1]] = STAR
-    text[:, -1, -1] = ASK
-    return F.pad(text, (0, 1), value=MARK).flatten(1)[:, :-1], key[page, starred]
-
-
-def _taught(steps: int = 720) -> GPT:
-    """A model without positions that answers; its texts grow to TAUGHT blocks in four stages."""
-    from ...nn import GPT
-    from ...study.progress import bar
-
-    program = Landmark(TEXT).build
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = GPT(MARK + 1, 32, 2, 2, positions=None, attention=lambda layer, heads: program(heads))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    source = torch.Generator().manual_seed(0)
-    with bar(steps, "landmark") as tell:
-        for step in range(steps):
-            tokens, key = _pages(32, source, TAUGHT >> (3 - 4 * step // steps))
-            optimizer.zero_grad()
-            F.cross_entropy(model(tokens)[:, -1], key).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            tell("landmark", 1)
-    return model
-
-
-@torch.no_grad()
-def _logits(model: GPT, system: Landmark, blocks: int, mask: masks.Mask | None = None) -> Tensor:
-    """At the end of 64 unseen texts, with this program in every layer."""
-    for layer in model.attentions:
-        spec = system.build(layer.heads)
-        layer.spec = spec if mask is None else Attention(mask=spec.mask & mask, normalizer=spec.normalizer)
-    tokens, _ = _pages(64, torch.Generator().manual_seed(1), blocks)
-    return torch.cat([model(some)[:, -1] for some in tokens.split(16)])
-
-
-def _found(model: GPT, system: Landmark, blocks: int, mask: masks.Mask | None = None) -> float:
-    _, key = _pages(64, torch.Generator().manual_seed(1), blocks)
-    return float((_logits(model, system, blocks, mask).argmax(-1) == key).float().mean())

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from ...core import masks
-from ...core.attend import attention
 from ...core.errors import SpecError
 from ...core.selectors import Select, Selection, pool
 from ...core.spec import Attention
@@ -37,7 +36,6 @@ from ._vertical_slash import by_distance, largest, last_weights, listed
 
 BLOCK = 64
 FORCED = 30, 100  # first keys and least distances that are among the chosen
-SHARE = 0.25  # of the causal half that a searched head may compute of the prompt it is searched on
 LOST = 0.02  # accuracy that may be lost and still be held
 
 
@@ -49,14 +47,8 @@ class Pattern(NamedTuple):
     b: int = 0
 
 
-SPACE = (
-    Pattern("a-shape", 100, 800), Pattern("vertical-slash", 30, 800), Pattern("vertical-slash", 100, 750),
-    Pattern("vertical-slash", 500, 700), Pattern("vertical-slash", 3500, 100), Pattern("block-sparse", 100),
-)  # fmt: skip
-
-
 class MInference(System):
-    """Settings: ``patterns``, one for each head, such as :func:`search` finds, or one for all."""
+    """Settings: ``patterns``, one for each head, such as :func:`._pattern_search.search` finds, or one for all."""
 
     slug = "minference"
     title = "MInference 1.0"
@@ -80,6 +72,7 @@ class MInference(System):
         """Patterns of the embedded model's heads, found on one page of keys and values, as in the paper."""
         from ...study import prefilling
         from ...worlds import recall
+        from ._pattern_search import SHARE, SPACE, search
 
         seen = prefilling.calls_on(next(recall.recall(2048, "search")).tokens)
         found = [search(c.q, c.k, c.v) for c in seen]
@@ -117,11 +110,11 @@ class Patterns(Select):
         if q.shape[2] != k.shape[2]:
             return listed(visible, self.rows, 1)
         rep = q.shape[1] // k.shape[1]
-        keep = [_keys(q[:, h : h + 1], k[:, h // rep : h // rep + 1], p) for h, p in enumerate(self.patterns)]
+        keep = [keys_of(q[:, h : h + 1], k[:, h // rep : h // rep + 1], p) for h, p in enumerate(self.patterns)]
         return listed(torch.cat(keep, 1) & visible, self.rows, 1)
 
 
-def _keys(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor:
+def keys_of(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor:
     """Which keys each block of queries of one head may look at, bool ``[B, 1, nq, N]``, the future among them."""
     n, (kind, a, b) = q.shape[2], pattern
     if kind == "block-sparse":
@@ -143,43 +136,3 @@ def _keys(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor:
     met = before[..., BLOCK:] > before[..., :-BLOCK]
     starts = torch.arange(0, n, BLOCK, device=q.device)[:, None]
     return met[..., (starts - places + BLOCK - 1).clamp(min=0)] | vertical[..., None, :]
-
-
-@torch.no_grad()
-def search(
-    q: Tensor, k: Tensor, v: Tensor, share: float = SHARE, space: Sequence[Pattern] = SPACE, steps: int = 8
-) -> list[Pattern]:
-    """The best pattern for each head of a layer, on one text ``[1, H, N, D]``.
-
-    Args:
-        q, k, v: queries, keys and values, of as many tokens.
-        share: of the causal half of the matrix that a pattern may compute; those that cannot do with so little
-            (what is forced counts too) are as small as they can be.
-        space: candidates, in any proportion to ``share``.
-        steps: halvings until a candidate's size is found.
-    """
-    rep, found = q.shape[1] // k.shape[1], []
-    for h in range(q.shape[1]):
-        one = q[:, h : h + 1], k[:, h // rep : h // rep + 1], v[:, h // rep : h // rep + 1]
-        dense = attention(*one, Attention(mask=masks.Causal()))
-        sized = [_sized(one[0], one[1], pattern, share, steps) for pattern in space]
-        errors = [float((attention(*one, MInference([p]).build(1)) - dense).abs().sum()) for p in sized]
-        found.append(sized[errors.index(min(errors))])
-    return found
-
-
-def _sized(q: Tensor, k: Tensor, pattern: Pattern, share: float, steps: int) -> Pattern:
-    """A pattern with both sizes scaled alike, as large as ``share`` of the causal half allows."""
-    n = q.shape[2]
-    causal = masks.Causal().blocks(masks.Span.grid(n, n, BLOCK, 1)) > masks.EMPTY
-    widest = BLOCK * pattern.a if pattern.kind == "block-sparse" else max(pattern.a, pattern.b)
-    low, high = 0.0, n / widest
-    for _ in range(steps):
-        scaled = _scaled(pattern, middle := (low + high) / 2)
-        fits = (_keys(q, k, scaled) & causal).sum() <= share * causal.sum()
-        low, high = (middle, high) if fits else (low, middle)
-    return _scaled(pattern, low)
-
-
-def _scaled(pattern: Pattern, factor: float) -> Pattern:
-    return Pattern(pattern.kind, max(1, round(pattern.a * factor)), round(pattern.b * factor))

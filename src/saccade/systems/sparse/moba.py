@@ -18,19 +18,20 @@ about -1e37, not -inf, so a model's soft cap would open it again: not for models
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import masks
-from ...core.attend import attention
+from ...core.attend import explain
 from ...core.errors import SpecError
 from ...core.scores import Dot
 from ...core.selectors import Select, Selection, pool
 from ...core.spec import Attention
 from ..base import ClaimNumbers, Promises, System
+from ._routed_blocks import own_and_best
+from ._vertical_slash import listed
 
 LOSS = 1e-3  # nats: the paper's bound on the difference of MoBA's and full attention's loss
 SPIKE = 0.02  # share of the loss by which a switch of the trained model to full attention may change it
@@ -75,20 +76,14 @@ class Route(Select):
         if routed:
             q[..., width:].masked_fill_(~chosen, -torch.finfo(q.dtype).max / 2)
         union = F.pad(chosen, (0, 0, 0, -chosen.shape[2] % self.share)).unflatten(2, (-1, self.share)).any(3)
-        most = max(1, int(union.sum(-1).max()))
-        found, blocks = union.to(torch.int8).sort(stable=True, dim=-1, descending=True)
-        return Selection(blocks.masked_fill(found == 0, -1)[..., :most], self.share, self.columns)
+        return listed(union, self.share, self.columns)
 
     def routes(self, q: Tensor, k: Tensor, codes: Tensor) -> Tensor:
         """Which blocks each query reads, bool ``[B, H, N, nk]``."""
         wide = torch.promote_types(q.dtype, torch.float32)
         mean = pool(k.to(wide), self.columns).repeat_interleave(q.shape[1] // k.shape[1], 1)
         gate = q.to(wide) @ mean.mT
-        order = torch.arange(gate.shape[-1], device=q.device)
-        own = torch.where(codes > masks.EMPTY, order, -1).amax(-1, keepdim=True)
-        gate = gate.masked_fill(order >= own, -math.inf).masked_fill(order == own, math.inf)
-        best, blocks = gate.topk(min(self.keep, len(order)), -1)
-        return torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, blocks, best > -math.inf)
+        return Selection(own_and_best(gate, codes, self.keep - 1), 1, 1).dense(*gate.shape[2:])
 
 
 class MoBA(System):
@@ -111,20 +106,26 @@ class MoBA(System):
 
     def claim(self) -> ClaimNumbers:
         """The paper's three: loss as full attention's (its 81% sparsity), the switch to full, and cost on long text."""
+        from ...study import prefilling
         from ...study.trainer import Setup, batches, compare, next_token
 
+        full = Attention(mask=masks.Causal())
         setup = Setup(steps=60, seeds=(0, 1))  # 16 blocks of its 128 tokens, top 3: as 8192 tokens in blocks of 512
-        result = compare({"full": _full, "moba": lambda s, layer: MoBA(8, 3, 16).build(s.heads)}, setup)
+        result = compare({"full": lambda s, layer: full, "moba": lambda s, layer: MoBA(8, 3, 16).build(s.heads)}, setup)
         excess = result.excess("moba", "full")
         spikes = []
         for model in result.models["moba"]:
             tokens = next(batches(setup.validation, setup, 20_000))
             with torch.no_grad():
                 before = float(next_token(model, tokens))
-                for index, layer in enumerate(model.attentions):
-                    layer.spec = _full(setup, index)
+                for layer in model.attentions:
+                    layer.spec = full
                 spikes.append(float(next_token(model, tokens)) / before - 1)
-        speed, power = _cost(8192)
+        call = prefilling.calls(8192)[1]  # of a layer that has looked once: what the embedded model makes of prose
+        q, k, heads = call.q, call.k, call.q.shape[1]
+        speed, _ = prefilling.speedup([call], lambda _: MoBA(128).build(heads), rounds=3)  # the paper's 95% sparsity
+        more, less = (explain(MoBA().build(heads), q[:, :, :n], k[:, :, :n]).visited for n in (8192, 4096))
+        power = 2 + math.log2(more / less)
         return ClaimNumbers.decide(
             result.numbers()
             | {
@@ -141,30 +142,3 @@ class MoBA(System):
             faster_than_full=speed > 1,
             sub_quadratic=power < 2,
         )  # fmt: skip
-
-
-def _full(setup: object, layer: int) -> Attention:
-    return Attention(mask=masks.Causal())
-
-
-@torch.no_grad()
-def _cost(n: int) -> tuple[float, float]:
-    """On what a layer of the embedded model makes of a long text: full attention's time over MoBA's, 3 of 64 blocks
-    (the paper's 95% sparsity), and the power of the length with which the visited keys grow in blocks of 512."""
-    from ...core.attend import explain
-    from ...hosts.handles import Call, listen
-    from ...study.claims import interleaved
-    from ...study.probes import embedded
-    from ...worlds.text import BOS, heldout
-
-    model, calls = embedded(), list[Call]()
-    model.model.layers = model.model.layers[:2]
-    with listen(model, calls.append, layers=1):
-        model(torch.tensor([[BOS, *heldout()[: n - 1]]]), use_cache=False, logits_to_keep=1)
-    q, k, v = calls[0].q, calls[0].k, calls[0].v
-    run = partial(attention, q, k, v)
-    spec = MoBA(n // 64).build(q.shape[1])
-    times = interleaved({"moba": partial(run, spec), "full": partial(run, Attention(mask=masks.Causal()))}, 3)
-    spec, half = MoBA().build(q.shape[1]), n // 2
-    visited = explain(spec, q, k).visited / explain(spec, q[:, :, :half], k[:, :, :half]).visited
-    return times.ratio("full", "moba"), 2 + math.log2(visited)

@@ -23,7 +23,6 @@ As in the official code members are chosen among all tokens, later ones too, tho
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +36,7 @@ from ...core.selectors import Select, Selection
 from ...core.spec import Attention
 from ...core.tile import At
 from ..base import ClaimNumbers, Promises, System
-
-if TYPE_CHECKING:
-    from ...study.trainer import Setup
-
-EPSILON = 1e-5
+from ._online_means import OnlineMeans
 
 
 class Shared(Form):
@@ -61,13 +56,8 @@ class Shared(Form):
 class Routing(Select):
     """Single keys for single queries: of the first heads the last ``window``, of the others the cluster's members.
 
-    ``means`` ``[H, clusters, D]`` are drawn at the first call. With ``online`` every call that wants gradients moves
-    them by ``1 - decay``, after it was answered.
+    With ``online`` every call that wants gradients moves the means of the clusters, after it was answered.
     """
-
-    means: Tensor | None
-    sums: Tensor | None
-    counts: Tensor | None
 
     def __init__(self, local: int, clusters: int, window: int, decay: float = 0.999, online: bool = False):
         super().__init__(1, 1)
@@ -75,9 +65,8 @@ class Routing(Select):
             raise SpecError(
                 f"Routing needs clusters and window >= 1, 0 <= decay < 1; got {clusters}, {window}, {decay}"
             )
-        self.local, self.clusters, self.window, self.decay, self.online = local, clusters, window, decay, online
-        for name in ("means", "sums", "counts"):
-            self.register_buffer(name, None)
+        self.local, self.window, self.online = local, window, online
+        self.clusters = OnlineMeans(clusters, decay)
 
     def search(self, q: Tensor, k: Tensor, mask: Mask, at: At) -> Selection:
         learn = self.online and torch.is_grad_enabled()
@@ -86,7 +75,7 @@ class Routing(Select):
             near = row - torch.arange(min(self.window, m), device=q.device)
             near = near.masked_fill(near < 0, -1).expand(len(q), self.local, -1, -1)
             x, y = q[:, self.local :], k.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, self.local :]
-            means = self._means(x)
+            means = self.clusters.of(x)
             members = (y @ means.mT).topk(min(self.window, m), 2).indices.mT  # [B, h, clusters, window]
             own = (x @ means.mT).argmax(-1)[..., None].expand(-1, -1, -1, members.shape[-1])
             far = members.gather(2, own)
@@ -95,26 +84,8 @@ class Routing(Select):
             near = F.pad(near, (0, far.shape[-1] - near.shape[-1]), value=-1)
             if learn:
                 for z in (x,) if q.shape == k.shape else (x, y):
-                    self.move(z)
+                    self.clusters.move(z)
             return Selection(torch.cat([near, far], 1), 1, 1)
-
-    def move(self, x: Tensor) -> None:
-        """One step of online k-means with normalized vectors ``[B, h, N, D]`` of the routing heads."""
-        means = self._means(x)
-        assert self.sums is not None and self.counts is not None
-        hot = F.one_hot((x @ means.mT).argmax(-1), self.clusters).to(means)
-        self.counts = self.decay * self.counts + (1 - self.decay) * hot.sum((0, 2))
-        self.sums = self.decay * self.sums + (1 - self.decay) * torch.einsum("bhnc,bhnd->hcd", hot, x.to(means))
-        total = self.counts.sum(-1, keepdim=True)
-        smooth = (self.counts + EPSILON) / (total + self.clusters * EPSILON) * total
-        self.means = self.sums / smooth[..., None]
-
-    def _means(self, x: Tensor) -> Tensor:
-        if self.means is None:
-            drawn = torch.randn(x.shape[1], self.clusters, x.shape[-1], generator=torch.Generator().manual_seed(0))
-            self.means = F.layer_norm(drawn, drawn.shape[-1:], eps=1e-6).to(x.device)
-            self.sums, self.counts = self.means.clone(), self.means.new_zeros(self.means.shape[:2])
-        return self.means.to(x)
 
 
 class RoutingTransformer(System):
@@ -151,7 +122,11 @@ class RoutingTransformer(System):
         exponent = math.log(counts[1] / counts[0]) / math.log(4)
         setup = Setup(layers=3, context=256, batch=4, steps=120, seeds=(0, 1))
         window = math.isqrt(setup.context)
-        result = compare({"local": _local, "routing": _routing}, setup)
+        programs = {  # the local heads see as many keys as a routing query can
+            "local": lambda s, layer: Attention([Shared()], Causal(), select=Routing(s.heads, 1, window + 1)),
+            "routing": lambda s, layer: RoutingTransformer(window, window, 0.99, online=True).build(s.heads),
+        }
+        result = compare(programs, setup)
         excess = result.excess("routing", "local")
         return ClaimNumbers.decide(
             result.numbers()
@@ -163,14 +138,3 @@ class RoutingTransformer(System):
             cost_n_1_5=exponent <= 1.6,
             loss_below_local=excess.mean < -excess.error,
         )
-
-
-def _routing(setup: Setup, layer: int) -> Attention:
-    size = math.isqrt(setup.context)
-    return RoutingTransformer(setup.context // size, size, decay=0.99, online=True).build(setup.heads)
-
-
-def _local(setup: Setup, layer: int) -> Attention:
-    """The same with local heads alone, which see as many keys as a routing query can."""
-    select = Routing(setup.heads, 1, math.isqrt(setup.context) + 1)
-    return Attention(score=[Shared()], mask=Causal(), select=select)

@@ -22,75 +22,36 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import islice
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ...core.attend import attention
 from ...core.errors import SpecError
 from ...core.masks import EMPTY, Causal
-from ...core.selectors import Select, Selection, pool
+from ...core.selectors import Selection
 from ...core.spec import Attention
-from ...core.stats import BlockMax
 from ..base import ClaimNumbers, Promises, System
+from ._block_gate import BlockGate
+from ._vertical_slash import largest, listed
 
 NEAR = 1.05  # perplexity may be this many times the dense one
 FASTER = 3.0  # "several times" as fast as dense
 UNSEEN = -1e9
 
 
-def turn(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """RoPE of ``[B, H, N, D]`` at positions ``[N]``; negative ones undo it. Halves are the two coordinates."""
-    half = x.shape[-1] // 2
-    angle = positions[:, None] * theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def largest(x: Tensor, size: int) -> Tensor:
-    """Greatest of each run of ``size`` tokens (the last may be shorter): ``[..., N, D]`` to ``[..., N / size, D]``."""
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % size), value=-math.inf).unflatten(-2, (-1, size)).amax(-2)
-
-
-class Gate(Select):
-    """The gates of a layer. ``width``: of its heads, for a gate with a matrix; other arguments as in the system."""
-
-    weight: nn.Parameter | None
+class Gate(BlockGate):
+    """The gates of a layer and what they choose; arguments as in the system, ``width`` for a gate with a matrix."""
 
     def __init__(
         self, heads: int, width: int | None = None, block: int = 64, ratio: float = 0.1,
         threshold: float | None = None, theta: float | None = 10_000.0, last: int = 2,
     ):  # fmt: skip
-        super().__init__(block, block)
+        super().__init__(heads, width, block, theta)
         if not 0 < ratio <= 1 or last < 0:
             raise SpecError(f"Gate needs 0 < ratio <= 1 and last >= 0; got {ratio} and {last}")
-        self.ratio, self.threshold, self.theta, self.last = ratio, threshold, theta, last
-        self.weight = None
-        if width is not None:
-            self.weight = nn.Parameter(0.02 * torch.randn(heads, 3 * width, width))
-
-    def pooled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Means of queries ``[B, H, nq, D]``; greatest, least and mean of keys ``[B, Hkv, nk, 3 D]``; without RoPE."""
-        m = k.shape[2]
-        if self.theta is not None:
-            q, k = (turn(x, -torch.arange(m - x.shape[2], m, device=x.device), self.theta) for x in (q, k))
-        size = self.columns
-        return pool(q, size), torch.cat([largest(k, size), -largest(-k, size), pool(k, size)], -1)
-
-    def logits(self, q: Tensor, k: Tensor, first: int = 0) -> Tensor:
-        """Scores of blocks ``[B, H, nq, nk]`` from what :meth:`pooled` gives; ``first``: position of query 0."""
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        k = k[..., -q.shape[-1] :] if self.weight is None else k @ self.weight.to(k.dtype)
-        if self.theta is not None:
-            q, k = (
-                turn(x, start + self.columns * torch.arange(x.shape[2], device=x.device), self.theta)
-                for x, start in ((q, first), (k, 0))
-            )
-        return q @ k.mT * q.shape[-1] ** -0.5
+        self.ratio, self.threshold, self.last = ratio, threshold, last
 
     def choose(self, q: Tensor, k: Tensor, codes: Tensor) -> Selection:
         with torch.no_grad():
@@ -100,19 +61,16 @@ class Gate(Select):
                 chosen = gate.softmax(-1) > self.threshold
             else:
                 keep = max(1, int((1 - math.sqrt(1 - self.ratio)) * gate.shape[-1]))
-                chosen = torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, gate.topk(keep, -1).indices, True)
+                chosen = largest(gate, keep)
             if self.last:
                 chosen[:, :, -self.last :] = True
-            chosen &= visible
-            most = max(1, int(chosen.sum(-1).max()))
-            found, blocks = chosen.to(torch.int8).sort(dim=-1, descending=True, stable=True)
-            return Selection(blocks[..., :most].masked_fill(found[..., :most] == 0, -1), self.rows, self.columns)
+            return listed(chosen & visible, self.rows, self.columns)
 
 
 class SeerAttention(System):
     """Settings: ``width`` of the heads (``None``: gates without matrices), keys per ``block``, ``ratio`` or else
     ``threshold``, the model's RoPE base ``theta``, and how many ``last`` rows of blocks stay dense.
-    """  # fmt: skip
+    """
 
     slug = "seerattention"
     title = "SeerAttention (distilled block gates)"
@@ -135,22 +93,18 @@ class SeerAttention(System):
     def claim(self) -> ClaimNumbers:
         """Gates of the embedded model: loss on other text at 90% sparsity; and time of the program at 32768 tokens."""
         from ...study.claims import interleaved
-        from ...study.probes import embedded
-        from ...worlds.text import heldout, text
+        from ...study.probes import embedded, mean_loss, prose
+        from ._gate_lessons import distil
 
         model, size = embedded(), 2048
-        cut = len(heldout()) * 3 // 4
-        learn, held = (
-            torch.stack([e.tokens for e in islice(text(size, "seerattention", source=part), count)])
-            for part, count in ((heldout()[:cut], 16), (heldout()[cut:], 4))
-        )
+        learn, held = prose("seerattention", (16, size), (4, size))
         gates = distil(model, learn, block=16, ratio=0.1, last=0)
         theta = model.config.rope_parameters["rope_theta"]
-        means = Gate(model.config.num_attention_heads, block=16, ratio=0.1, theta=theta, last=0)
+        means = Attention(select=Gate(model.config.num_attention_heads, block=16, ratio=0.1, theta=theta, last=0))
         losses = {
-            "dense": _loss(model, held, None),
-            "gates": _loss(model, held, gates),
-            "means": _loss(model, held, [means] * len(gates)),
+            "dense": mean_loss(model, held),
+            "gates": mean_loss(model, held, program=lambda layer, heads: Attention(select=gates[layer])),
+            "means": mean_loss(model, held, program=means),
         }
         blocks = size // 16
         keep = int((1 - math.sqrt(0.9)) * blocks)
@@ -159,7 +113,7 @@ class SeerAttention(System):
         ours = SeerAttention(width=64).build(1)
         work = {
             "gates": partial(attention, q, k, v, ours),
-            "dense": partial(F.scaled_dot_product_attention, q, k, v, is_causal=True),
+            "dense": partial(scaled_dot_product_attention, q, k, v, is_causal=True),
         }
         with torch.no_grad():
             speedup = interleaved(work, 2).ratio("dense", "gates")
@@ -179,74 +133,3 @@ class SeerAttention(System):
             learning_beats_means=worse["gates"] < worse["means"],
             several_times_faster=speedup >= FASTER,
         )
-
-
-def distil(
-    model: Any, tokens: Tensor, steps: int = 500, batch: int = 2, lr: float = 1e-3, warmup: int = 20, seed: int = 0,
-    **settings: Any,
-) -> list[Gate]:  # fmt: skip
-    """Gates for every layer of a Llama-like model, learned from its attention on texts ``[T, N]``.
-
-    Args:
-        model: a causal model of transformers with plain RoPE, which stays as it is.
-        tokens: the texts.
-        steps, batch, lr, warmup: of Adam with a cosine schedule; the first quarter of each text's rows is left out.
-        seed: of the first matrices and the order of the texts.
-        settings: of :class:`Gate`.
-    """
-    from ...hosts.acts import Call
-    from ...hosts.handles import listen, watch
-
-    config = model.config
-    source = torch.Generator().manual_seed(seed)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        theta = config.rope_parameters["rope_theta"]
-        gates = [
-            Gate(config.num_attention_heads, width, theta=theta, **settings) for _ in range(config.num_hidden_layers)
-        ]
-    seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in gates]
-    pooled: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def hear(call: Call) -> None:
-        pooled[call.site.layer] = gates[call.site.layer].pooled(call.q, call.k)
-
-    with torch.no_grad(), listen(model, hear), watch(model, BlockMax(gates[0].columns)) as watching:
-        for one in tokens.split(1):
-            model(one, use_cache=False, logits_to_keep=1)
-            for layer, found in enumerate(seen):
-                teacher = watching[layer]["block_max"]
-                found.append((*pooled[layer], teacher / teacher.sum(-1, keepdim=True)))
-    data = [tuple(torch.cat(parts) for parts in zip(*found, strict=True)) for found in seen]
-    optimizer = torch.optim.AdamW([p for gate in gates for p in gate.parameters()], lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    rows = data[0][2].shape[2]
-    visible = torch.ones(rows, rows).tril().bool()
-    with torch.enable_grad():
-        for _ in range(steps):
-            of = torch.randint(len(tokens), (batch,), generator=source)
-            loss = torch.zeros(())
-            for gate, (q, k, teacher) in zip(gates, data, strict=True):
-                learner = gate.logits(q[of], k[of]).masked_fill(~visible, UNSEEN)[:, :, rows // 4 :].log_softmax(-1)
-                loss = loss + F.kl_div(learner, teacher[of][:, :, rows // 4 :], reduction="sum") / learner.numel()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-    return gates
-
-
-@torch.no_grad()
-def _loss(model: Any, tokens: Tensor, gates: list[Gate] | None) -> float:
-    """Mean loss in nats per byte, with gates in every layer or dense."""
-    from ...hosts.handles import install
-
-    def program(layer: int, heads: int) -> Attention:
-        return Attention(select=None if gates is None else gates[layer])
-
-    with install(model, program):
-        found = [F.cross_entropy(model(t, use_cache=False).logits[0, :-1], t[0, 1:]) for t in tokens.split(1)]
-    return float(torch.stack(found).mean())

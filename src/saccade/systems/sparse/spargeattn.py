@@ -7,7 +7,7 @@ With K less its mean over all tokens, blocks Q_i of 128 and K_j of 64 tokens, un
     Q_i visits the greatest p[i, j] whose sum is at most mass, one at least; and all K_j if it, or K_j, is not alike
 
 A second filter drops a tile of 32 queries and 64 keys where every score's weight is below 2 ** -skip of the greatest in
-its row. :func:`tune` finds similarity and mass for each head: the least work within an error.
+its row. :func:`._threshold_tuning.tune` finds similarity and mass for each head: the least work within an error.
 
 Paper: SpargeAttn: Accurate Sparse Attention Accelerating Any Model Inference, arXiv:2502.18137
 Code: https://github.com/thu-ml/SpargeAttn (spas_sage_attn/core.py, utils.py: get_block_map_meansim, autotune.py)
@@ -30,18 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import masks
-from ...core.attend import attention
 from ...core.edits import Edit
-from ...core.scores import Dot
 from ...core.selectors import Select, Selection, pool
 from ...core.spec import Attention
 from ...core.tile import At
 from ..base import ClaimNumbers, Promises, System
+from ._int8 import Int8
 from ._vertical_slash import largest, listed
 
 ROWS, COLUMNS, WARP = 128, 64, 32
 L1 = 0.08  # the paper's bound for its language models
-GRID = (0.0, 0.2, 0.4, 0.6, 0.8)  # similarities to try
 LOST = 0.02  # accuracy that may be lost and still be held
 PerHead = float | Sequence[float]
 
@@ -71,13 +69,14 @@ class SpargeAttn(System):
     def build(self, heads: int) -> Attention:
         """Softmax over the blocks that are visited."""
         return Attention(
-            score=Int8() if self.int8 else None, mask=masks.Causal() if self.causal else masks.Full(),
+            score=Int8(ROWS, COLUMNS) if self.int8 else None, mask=masks.Causal() if self.causal else masks.Full(),
             select=MeanSim(self.similarity, self.mass, self.sink), edits=[] if self.skip is None else [Skip(self.skip)],
         )  # fmt: skip
 
     def claim(self) -> ClaimNumbers:
         """Tuned on 2048 bytes of prose: error on others, speed at 8192, and answers of the embedded model."""
         from ...study import prefilling
+        from ._threshold_tuning import tune
 
         tuned = [tune(c.q, c.k, c.v) for c in prefilling.calls(2048)]
         programs = [SpargeAttn(*pair).build(len(pair[0])) for pair in tuned]
@@ -141,42 +140,3 @@ class Skip(Edit):
         kept = tiles.any(-1).any(-2).repeat_interleave(WARP, -2).repeat_interleave(COLUMNS, -1)[..., :n, :m]
         left = weights.masked_fill(~kept, 0)
         return left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
-
-
-class Int8(Dot):
-    """Dot product of queries and centered keys, rounded by blocks to 255 steps; gradients ignore the rounding."""
-
-    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return _rounded(q, ROWS), _rounded(k - k.mean(-2, keepdim=True), COLUMNS)
-
-
-def _rounded(x: Tensor, size: int) -> Tensor:
-    blocks = F.pad(x.detach(), (0, 0, 0, -x.shape[-2] % size)).unflatten(-2, (-1, size))
-    step = blocks.abs().amax((-2, -1), keepdim=True) / 127 + 1e-7
-    rounded = ((blocks / step).round() * step).flatten(-3, -2)[..., : x.shape[-2], :]
-    return x + (rounded - x.detach())
-
-
-@torch.no_grad()
-def tune(
-    q: Tensor, k: Tensor, v: Tensor, bound: float = L1, steps: int = 6, sink: bool = True
-) -> tuple[list[float], list[float]]:
-    """Similarity and mass for each head of a layer, on one text ``[1, H, N, D]``: least work with an L1 error in bound.
-
-    For each similarity tried, ``steps`` halvings find the least mass (1: none is enough).
-    """
-    dense = attention(q, k, v, Attention(mask=masks.Causal()))
-    heads, codes = q.shape[1], masks.Causal().blocks(masks.Span.grid(q.shape[2], k.shape[2], ROWS, COLUMNS))
-    masses, works = torch.ones(len(GRID), heads), torch.zeros(len(GRID), heads)
-    for i, similarity in enumerate(GRID):
-        low, high = torch.zeros(heads), masses[i]
-        for _ in range(steps):
-            middle = (low + high) / 2
-            off = attention(q, k, v, SpargeAttn(similarity, middle.tolist(), sink=sink).build(heads)) - dense
-            good = off.abs().sum((0, 2, 3)) < bound * dense.abs().sum((0, 2, 3))
-            low, high = torch.where(good, low, middle), torch.where(good, middle, high)
-        masses[i] = high
-        chosen = MeanSim(similarity, high.tolist(), sink).choose(q, k, codes[None, None]).blocks
-        works[i] = (chosen >= 0).sum((0, 2, 3))
-    best = works.argmin(0)
-    return [GRID[i] for i in best], masses.gather(0, best[None])[0].tolist()

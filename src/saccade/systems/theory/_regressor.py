@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...core.linear import LinearAttention
 from ...core.spec import Attention
 from ...nn import MultiHead
-from ..latent._training import train
 
 DIM, PAIRS, NOISE = 5, 40, 0.1**0.5  # as in the paper: dimensions, length of the context, deviation of the noise
 
@@ -56,6 +55,8 @@ def contexts(seed: int, batch: int = 256, pairs: int = PAIRS) -> Iterator[Batch]
 
 def trained(heads: int, softmax: bool = True, steps: int = 2000) -> Regressor:
     """A layer after so many steps of Adam."""
+    from ...study.trainer import train
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Regressor(heads, softmax)

@@ -33,7 +33,6 @@ from ...core.spec import Attention
 from ...nn import MultiHead
 from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
-from ..latent._training import train
 
 WIDTH, POINTS = 16, 16  # of the claim's nearest neighbours
 MORE = 8  # times as many heads of low rank as the usual width / rank
@@ -111,6 +110,8 @@ def squared_error(layer: RankedHeads, batch: tuple[Tensor, Tensor, Tensor]) -> T
 
 def _trained_error(rank: int, heads: int, steps: int = 400) -> float:
     """Of a layer trained by Adam at the official rate, on fresh points."""
+    from ...study.trainer import train
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = AttentionRank(rank, causal=False).layer(Place(WIDTH, heads, 0, 1, None, None))

@@ -23,42 +23,37 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import masks
-from ...core.errors import SpecError, Unsupported
+from ...core.errors import SpecError
 from ...core.linear import LinearAttention
 from ...core.linear.features import Taylor2
 from ...core.scores import Dot
 from ...core.spec import Attention
-from ...nn import GPT, MultiHead, StateCache
-from ...nn.attention import split
-from ...nn.backbones import Block, Place
+from ...nn import MultiHead, StateCache
+from ...nn.backbones import Place
 from ..base import ClaimNumbers, LayerSystem, Promises
+from ..score._swiglu import SwiGLU
+from ._elsewhere import SOURCES, Deconstructed, Elsewhere
 
 Variant = Literal["standard", "mlp", "approximate", "non-approximate", "random-fixed", "text-fixed", "static"]
-SOURCES = ("random-fixed", "text-fixed", "static")  # of queries and keys, other than the states
-NOISE = 0.02  # deviation of the fixed noise: that of embeddings
 
 
-class Gated(nn.Module):
+class Gated(SwiGLU):
     """A gated perceptron with as many parameters as attention of this width; tokens do not meet."""
 
     def __init__(self, width: int):
-        super().__init__()
-        hidden = round(4 * width / 3)
-        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        super().__init__(width, round(4 * width / 3), width)
 
     def forward(self, x: Tensor, *, cache: StateCache | None = None, keep: Tensor | None = None) -> Tensor:
         """``[B, N, width]``, each token by itself."""
         if cache is not None:
             cache.length += x.shape[1]
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return super().forward(x)
 
     def cache(self) -> StateCache:
         """Nothing but a count."""
@@ -81,59 +76,6 @@ class Unpaired(MultiHead):
         return q.new_ones(len(x), self.heads, x.shape[1], 1), loudness, v
 
 
-class Elsewhere(MultiHead):
-    """Queries and keys of ``source [B or 1, N, width]`` where a model sets it, values of the stream."""
-
-    source: Tensor | None = None
-
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As ever, but for what queries and keys are made from."""
-        source = x if self.source is None else self.source
-        q, k = (split(part(source), self.heads).expand(len(x), -1, -1, -1) for part in (self.q, self.k))
-        return q, k, split(self.v(context), self.heads)
-
-
-class Deconstructed(GPT):
-    """A GPT that gives layers of another source what they need; arguments as GPT's.
-
-    Args:
-        system: the variant.
-        text: int64 ``[length]``: of "text-fixed"; its length is also that of the noise.
-    """
-
-    text: Tensor
-    noise: Tensor
-
-    def __init__(self, vocab: int, *sizes: int, system: DeconstructingAttention, text: Tensor):
-        super().__init__(vocab, *sizes, attention=system)
-        self.variant, width = system.variant, self.embed.table.embedding_dim
-        noise = torch.randn(1, len(text), width, generator=torch.Generator().manual_seed(0)) * NOISE
-        self.register_buffer("text", text[None], persistent=False)
-        self.register_buffer("noise", noise, persistent=False)
-
-    def states(self, tokens: Tensor, caches: Any = None) -> Tensor:
-        """Last hidden states ``[B, N, width]``. Raises: Unsupported with caches, where there is another source."""
-        if self.variant not in SOURCES:
-            return super().states(tokens, caches)
-        if caches is not None:
-            raise Unsupported(f"{self.variant} has no cache: hand over the whole sequence")
-        x, n = self.embed(tokens), tokens.shape[1]
-        if n > self.text.shape[1]:
-            raise SpecError(f"the fixed sequence has {self.text.shape[1]} tokens, these are {n}: give a longer text=")
-        fixed = self.variant != "static"
-        source = (self.noise if self.variant == "random-fixed" else self.embed(self.text))[:, :n] if fixed else x
-        for block in self.stack.blocks:
-            assert isinstance(block, Block)
-            layer = block.attention
-            following = block(source) if fixed else source
-            if isinstance(layer, Elsewhere):
-                layer.source = block.before(source)
-            x, source = block(x), following
-            if isinstance(layer, Elsewhere):
-                layer.source = None
-        return self.stack.last(x)
-
-
 class DeconstructingAttention(LayerSystem):
     """Settings: ``variant``; ``hybrid``: standard attention in every second layer."""
 
@@ -141,7 +83,7 @@ class DeconstructingAttention(LayerSystem):
     title = "Deconstructing attention"
     paper = "https://arxiv.org/abs/2510.11602"
     code = "https://github.com/HUIYINXUE/DeconAttn"
-    promises = Promises(hosts=())
+    promises = Promises(cross=False, hosts=())
 
     def __init__(self, variant: Variant = "non-approximate", hybrid: bool = False):
         if variant not in get_args(Variant):

@@ -28,10 +28,37 @@ from ...core import masks, normalizers, scores
 from ...core.attend import attention
 from ...core.spec import Attention
 from ..base import ClaimNumbers, Promises, System
+from ._ridge import least_risk
 
 WIDTH, KEYS, HEADS = 16, 16, 128  # of the claim
 SAMPLES, TESTED = (64, 256, 1024), 1000
-RIDGES = tuple(10.0**e for e in range(-6, 3))
+
+
+class RandomBilinear(scores.Form):
+    """``[q, 1]' W[h] [k, 1]`` with W of each head drawn for the width that comes."""
+
+    def __init__(self, bias: float, std: float, seed: int):
+        super().__init__()
+        self.bias, self.std, self.seed = bias, std, seed
+
+    def matrices(self, heads: int, width: int) -> Tensor:
+        """W ``[heads, width + 1, width + 1]``, float32."""
+        source = torch.Generator().manual_seed(self.seed)
+        mean = self.bias * torch.diag(F.pad(torch.ones(width), (0, 1)))
+        return mean + self.std * torch.randn(heads, width + 1, width + 1, generator=source)
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = (F.pad(x, (0, 1), value=1.0) for x in (q, k))
+        kind = torch.promote_types(q.dtype, torch.float32)
+        projected = q.to(kind) @ self.matrices(q.shape[1], q.shape[-1] - 1).to(q.device, kind)
+        near = projected.to(q.dtype)
+        if kind == q.dtype:
+            return near, k
+        rest = (projected - near.to(kind)).to(q.dtype)  # half precision: in two pieces, or the relu's kink is blurred
+        return torch.cat([near, rest], -1), torch.cat([k, k], -1)
+
+    def scale(self, width: int) -> float:
+        return 1.0
 
 
 class RandomFeatureAttentionTheory(System):
@@ -40,7 +67,7 @@ class RandomFeatureAttentionTheory(System):
     slug = "random-feature-attention-theory"
     title = "Attention with frozen random scores"
     paper = "https://arxiv.org/abs/2307.11353"
-    promises = Promises(causal=False, needs_training=True)
+    promises = Promises(causal=False)
 
     def __init__(self, bias: float = 0.0, std: float = 0.5, length: int = 16, causal: bool = False, seed: int = 0):
         self.bias, self.std, self.length, self.causal, self.seed = bias, std, length, causal, seed
@@ -89,33 +116,6 @@ class RandomFeatureAttentionTheory(System):
         )
 
 
-class RandomBilinear(scores.Form):
-    """``[q, 1]' W[h] [k, 1]`` with W of each head drawn for the width that comes."""
-
-    def __init__(self, bias: float, std: float, seed: int):
-        super().__init__()
-        self.bias, self.std, self.seed = bias, std, seed
-
-    def matrices(self, heads: int, width: int) -> Tensor:
-        """W ``[heads, width + 1, width + 1]``, float32."""
-        source = torch.Generator().manual_seed(self.seed)
-        mean = self.bias * torch.diag(F.pad(torch.ones(width), (0, 1)))
-        return mean + self.std * torch.randn(heads, width + 1, width + 1, generator=source)
-
-    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = (F.pad(x, (0, 1), value=1.0) for x in (q, k))
-        kind = torch.promote_types(q.dtype, torch.float32)
-        projected = q.to(kind) @ self.matrices(q.shape[1], q.shape[-1] - 1).to(q.device, kind)
-        near = projected.to(q.dtype)
-        if kind == q.dtype:
-            return near, k
-        rest = (projected - near.to(kind)).to(q.dtype)  # half precision: in two pieces, or the relu's kink is blurred
-        return torch.cat([near, rest], -1), torch.cat([k, k], -1)
-
-    def scale(self, width: int) -> float:
-        return 1.0
-
-
 def sample(count: int, target: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Queries ``[count, WIDTH]`` and keys ``[count, KEYS, WIDTH]`` on the unit sphere, and the target, of variance 1.
 
@@ -141,15 +141,3 @@ def perceptron(q: Tensor, k: Tensor) -> Tensor:
     x = F.pad(torch.cat([q, k.flatten(1)], 1), (0, 1), value=1.0)
     w = torch.randn(x.shape[1], HEADS * (WIDTH + 1), generator=torch.Generator().manual_seed(1))
     return (x @ w / KEYS**0.5).relu()
-
-
-def least_risk(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
-    """Squared error on the test set of ridge regression with an intercept and, of a grid, the penalty best there."""
-    x, x_test, y, y_test = x.double(), x_test.double(), y.double(), y_test.double()
-    mean, middle = x.mean(0), y.mean()
-    x, x_test = x - mean, x_test - mean
-    values, vectors = torch.linalg.eigh(x @ x.T)
-    inside, across = vectors.T @ (y - middle), x_test @ x.T @ vectors
-    top = values.max()
-    errors = [(across @ (inside / (values.clamp(min=0) + r * top)) + middle - y_test).square().mean() for r in RIDGES]
-    return float(min(errors))
