@@ -4,13 +4,17 @@
 
 watching: a prefill of 32k tokens of a small random Llama (2 layers, 4 heads of 32) with stats of every layer.
 caching: single steps after a prompt of 16k tokens (4 layers, 8 heads of 64), with SnapKV and with all tokens held.
+stepping: single steps after 1k and 16k tokens (4 layers, 8 heads of 32 over 4 key heads), with linear attention in
+    place of softmax, over both kinds of cache that transformers has.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import saccade
-from saccade import stats
+from saccade import LinearAttention, stats
+from saccade.core.linear import features
 from saccade.study.caching import decoding
 from saccade.study.measure import peak_bytes
 from saccade.systems.cache.snapkv import BUDGET, PROMPT, SMALLER, SPEEDUP, SnapKV
@@ -97,12 +102,46 @@ def caching() -> list[tuple[str, str, str]]:
     ]
 
 
+@torch.no_grad()
+def stepping() -> list[tuple[str, str, str]]:
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+    layers, heads, key_heads, width, steps = 4, 8, 4, 32, 40
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=heads * width, intermediate_size=512, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, token = LlamaForCausalLM(config).eval(), torch.tensor([[5]])
+    caches: dict[tuple[str, int, str], Any] = {}
+    for case in itertools.product(("dynamic", "static"), (1024, 16384), ("softmax", "linear")):
+        kind, n, _ = case
+        caches[case] = DynamicCache() if kind == "dynamic" else StaticCache(config, max_cache_len=n + steps + 1)
+        for layer in range(layers):
+            caches[case].update(*torch.randn(2, 1, key_heads, n, width), layer)
+    taken: dict[tuple[str, int, str], list[float]] = {case: [] for case in caches}
+    program = LinearAttention(features.Elu1(), normalize=True)
+    for _ in range(steps + 1):
+        for case, cache in caches.items():
+            with saccade.install(model, program) if case[2] == "linear" else contextlib.nullcontext():
+                taken[case].append(seconds(lambda cache=cache: model(token, past_key_values=cache)))
+    best = {case: statistics.median(times[1:]) for case, times in taken.items()}  # the first reads the keys once
+    return [
+        (
+            f"a step after {n} tokens, linear attention, {kind} cache",
+            f"{best[kind, n, 'linear'] * 1e3:.1f} ms, softmax {best[kind, n, 'softmax'] * 1e3:.1f} ms",
+            f"{best[kind, n, 'linear'] / best[kind, n, 'softmax']:.2f} times its time",
+        )
+        for kind, n in itertools.product(("dynamic", "static"), (1024, 16384))
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="run the groups whose name contains this word")
     options = parser.parse_args()
     table = Table("work", "seconds", "against the model as it is", title=f"{torch.get_num_threads()} threads")
-    for group in (watching, caching):
+    for group in (watching, caching, stepping):
         if options.only in group.__name__:
             for row in group():
                 table.add_row(*row)

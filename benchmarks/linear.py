@@ -108,7 +108,7 @@ def against_sdpa(n: int, rounds: int, grad: bool) -> Rows:
     }
     programs["SDPA"] = causal_sdpa
     calls: dict[str, tuple[Call, int]] = {
-        name: (both_ways(program, given, g) if grad else lambda program=program: program(*given), 1)
+        name: (both_ways(program, given, g) if grad else lambda program=program: program(*given), max(1, 8192 // n))
         for name, program in programs.items()
     }
     found = seconds(calls, rounds)

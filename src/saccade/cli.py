@@ -250,12 +250,9 @@ def view(
 ) -> None:
     """Show a model's attention as a page on this machine: maps, exact rows, lines, scores."""
     with told_plainly():
-        import transformers
-
         from .viewer import Server, load
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        _hush()
         chosen = None if layers is None else _numbers(layers, "--layers")
         with console.status("loading the model") as status:
             session = load.session(
@@ -277,6 +274,14 @@ def view(
         raise typer.Exit(INTERRUPTED) from None
 
 
+def _hush() -> None:
+    """Transformers loads a model in silence: the status line says what is done."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 @app.command("report")
 def report_(
     model: Annotated[str, typer.Argument(help="Directory or Hub id of a transformers model, or the zoo's lm.")],
@@ -289,13 +294,10 @@ def report_(
 ) -> None:
     """Say what every attention head of a model does and how sure that is; write a page with pictures."""
     with told_plainly():
-        import transformers
-
         from .study import atlas
         from .viewer import load
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        _hush()
         loaded, inputs, _ = load.read(model, text, target, image, tokens)
         several = [inputs]
         if image is None and target is None:

@@ -143,12 +143,15 @@ def train(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, l
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, last + (1 - last) * (1 + math.cos(math.pi * step / steps)) / 2)
     )
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    with bar(steps, "training") as tell:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            found = loss()
+            found.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            tell(f"training, loss {found.item():.3f}", 1)
 
 
 @torch.no_grad()

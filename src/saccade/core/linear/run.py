@@ -68,7 +68,7 @@ class Plan:
             return Plan(in_chunks, groups(rows, max(1, 2**22 // n**2)), [Stretch(slice(0, n), n)])
         budget, abreast = STRETCH, ABREAST
         if spec.delta or (streams.log_decay is not None and streams.log_decay.ndim == 3):
-            budget, abreast = budget // 2, 2 * abreast  # chunk after chunk in Python: small products need company
+            abreast *= 2  # chunk after chunk in Python: small products need company
         budget *= 1 if streams.q.device.type == "cpu" else MANY
         at_once = min(rows, max(abreast, budget // n))
         tokens = max(CHUNK, budget // at_once // CHUNK * CHUNK)

@@ -76,7 +76,6 @@ class NatsL(LayerSystem):
             " remembered by softmax attention.",
             recall_above_linear=gain.mean > 2 * gain.error,
             mixed=MIXED <= share <= 1 - MIXED,
-            cost_below_softmax=share < 1,
         )
 
 

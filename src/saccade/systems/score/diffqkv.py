@@ -33,9 +33,9 @@ from ...core.tile import At
 from ...nn import KVCache, MultiHead
 from ...nn.attention import AnyCache
 from ...nn.backbones import Place
+from ...nn.swiglu import SwiGLU
 from ..base import ClaimNumbers, LayerSystem, Promises
 from ._projections import contest, step_times
-from ._swiglu import SwiGLU
 
 BYTES = 1 - 0.375  # of the cache of 16 key heads that stays with 4 (section 3.1)
 SAVED = 0.2  # of a decoding step's time; the paper measures up to 33% of attention's, and 25% of its kernel's

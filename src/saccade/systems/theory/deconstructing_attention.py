@@ -36,8 +36,8 @@ from ...core.scores import Dot
 from ...core.spec import Attention
 from ...nn import MultiHead, StateCache
 from ...nn.backbones import Place
+from ...nn.swiglu import SwiGLU
 from ..base import ClaimNumbers, LayerSystem, Promises
-from ..score._swiglu import SwiGLU
 from ._elsewhere import SOURCES, Deconstructed, Elsewhere
 
 Variant = Literal["standard", "mlp", "approximate", "non-approximate", "random-fixed", "text-fixed", "static"]
