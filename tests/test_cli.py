@@ -171,6 +171,24 @@ def test_a_claim_that_breaks_is_told(monkeypatch, tmp_path):
     assert "ZeroDivisionError in the claim" in " ".join(result.output.split())
 
 
+def test_a_claim_is_old_when_the_system_or_a_part_of_it_changed(monkeypatch, tmp_path):
+    own, part, deeper, other = (tmp_path / f"{name}.py" for name in ("own", "_part", "_deeper", "_other"))
+    own.write_text("def claim():\n    from ._part import x\n")
+    part.write_text("from ._deeper import x\n")
+    deeper.write_text("from ._part import y\nx = 1\n")
+    other.write_text("x = 1\n")
+    monkeypatch.setattr("inspect.getfile", lambda system: str(own))
+    before = claims._source(object)
+    other.write_text("x = 2\n")
+    assert claims._source(object) == before
+    for path in (own, part, deeper):
+        text = path.read_text()
+        path.write_text(f"{text}# changed\n")
+        assert claims._source(object) != before, path
+        path.write_text(text)
+    assert claims._source(object) == before
+
+
 def test_zoo():
     assert run("zoo", "list").exit_code == 0
     wrong = run("zoo", "train", "giant")

@@ -80,6 +80,14 @@ def test_paired_statistics_are_those_of_the_differences():
     assert trainer.Comparison({"a": [1.0], "b": [2.0]}, {}, {}).excess("a", "b") == (-1.0, math.inf)
 
 
+def test_a_difference_counts_from_two_standard_errors_on():
+    for mean, above, below in ((0.21, True, False), (0.19, False, False), (-0.19, False, False), (-0.21, False, True)):
+        excess = trainer.Excess(mean, 0.1)
+        assert (excess.above, excess.below) == (above, below)
+    alone = trainer.Excess(-1.0, math.inf)
+    assert not alone.above and not alone.below
+
+
 def test_the_rate_warms_up_and_falls_to_a_tenth():
     recipe = Recipe(steps=100, lr=1.0)
     assert [recipe.rate(i) for i in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=0.02)

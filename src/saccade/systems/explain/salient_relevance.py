@@ -108,6 +108,8 @@ class SalientRelevance(MethodSystem):
 
     def claim(self) -> ClaimNumbers:
         """Is relevance conserved from layer to layer, and does the area overlap the object more than the pixels do?"""
+        from ...study.probes import standard_error, surely_positive
+
         model, accuracy = trained()
         seen = pictures("salient-relevance", 64)
         said = model(seen.pixels).argmax(1)
@@ -117,7 +119,7 @@ class SalientRelevance(MethodSystem):
         pixelwise = covering(layers[0].abs().sum(1), seen.masks)
         areas = covering(self.salience(layers[0].float()), seen.masks)
         gain = areas - pixelwise
-        error = float(gain.std() / len(gain) ** 0.5)
+        error = standard_error(gain)
         numbers: dict[str, Any] = {"accuracy": accuracy, "lrp": float(pixelwise.mean()), "sr": float(areas.mean())}
         return ClaimNumbers.decide(
             {name: round(value, 3) for name, value in numbers.items()} | {"gain_error": round(error, 3), "lost": lost},
@@ -125,7 +127,7 @@ class SalientRelevance(MethodSystem):
             f" overlap it by {numbers['sr']:.2f} (intersection over union) where SR is greatest, by"
             f" {numbers['lrp']:.2f} where LRP is, over {len(gain)} pictures (standard error {error:.3f}).",
             relevance_is_conserved=lost < 1e-4,
-            areas_overlap_more_than_pixels=float(gain.mean()) > 2 * error,
+            areas_overlap_more_than_pixels=surely_positive(gain),
         )
 
 

@@ -71,6 +71,7 @@ class PerceiverAR(System):
 
     def claim(self) -> ClaimNumbers:
         """Loss on the same tokens with longer context, of mirrored symbols and of prose; costs; and a leak test."""
+        from ...study.probes import standard_error, surely_positive
         from . import _mirrored
 
         mirrored = {context: (_mirrored.trained_loss(context), _mirrored.hidden(context)) for context in MIRRORED}
@@ -78,7 +79,7 @@ class PerceiverAR(System):
         stack = [_stack_cost(context) for context in PROSE]
         (short, near), (long, far) = (_prose(context) for context in PROSE)
         gain, leak = short - long, max(near, far)
-        mean, error = float(gain.mean()), float(gain.std() / len(gain) ** 0.5)
+        mean, error = float(gain.mean()), standard_error(gain)
         prose = {context: float(loss.mean()) for context, loss in zip(PROSE, (short, long), strict=True)}
         return ClaimNumbers.decide(
             {"loss_mirrored": {str(c): round(loss, 4) for c, (loss, _) in mirrored.items()}}
@@ -92,7 +93,7 @@ class PerceiverAR(System):
             f" per byte (standard error {error:.4f} over pages). The stack costs {stack[-1] / stack[0]:.2f} times as"
             f" much with the longest context as with the shortest; changed later bytes move logits by {leak:.1e}.",
             copies_all_it_sees=all(abs(loss - out) < CLOSE for loss, out in mirrored.values()),
-            prose_improves_with_context=mean > 2 * error,
+            prose_improves_with_context=surely_positive(gain),
             stack_costs_the_same=len(set(stack)) == 1,
             no_leak=leak < 1e-5,
         )

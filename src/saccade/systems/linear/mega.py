@@ -94,7 +94,7 @@ class Mega(LayerSystem):
             f" {gain.error:.4f}) against a transformer of {result.parameters('softmax')} parameters (its own"
             f" {result.parameters('mega')}); chunks of {CHUNK} change it by {loss.mean:+.4f}.",
             convolution_is_recurrence=gap <= SAME,
-            better_than_transformer=gain.mean + 2 * gain.error < 0,
+            better_than_transformer=gain.below,
             little_lost_by_chunks=loss.mean <= LOSS * result.mean("mega"),
         )
 

@@ -74,7 +74,7 @@ class NatsL(LayerSystem):
             f"Of {SYMBOLS} symbols in a row, said again from another one on, it tells {result.mean('nats-l'):.1%} of"
             f" those that follow (linear attention alone {result.mean('linear'):.1%}), with {share:.0%} of the blocks"
             " remembered by softmax attention.",
-            recall_above_linear=gain.mean > 2 * gain.error,
+            recall_above_linear=gain.above,
             mixed=MIXED <= share <= 1 - MIXED,
         )
 

@@ -115,6 +115,6 @@ class MaskedMixer(LayerSystem):
             f" {searched.mean('transformer'):.1%} of cases (difference {gain.mean:+.1%}, standard error"
             f" {gain.error:.1%}).",
             better_reconstruction=lost["mixer"] < lost["transformer"],
-            better_retrieval=gain.mean > 2 * gain.error,
+            better_retrieval=gain.above,
             equal_size=abs(trained.parameters("mixer") / trained.parameters("transformer") - 1) < 0.02,
         )  # fmt: skip

@@ -100,7 +100,7 @@ class SelectiveSelfAttention(LayerSystem):
             f"With {new:.2%} more parameters the loss on prose and recall differs by {excess.mean:+.4f} nats per byte"
             f" (standard error {excess.error:.4f}) from {result.mean('softmax'):.4f}; the entropies of a head's rows"
             f" differ by {mean['selective']:.3f} (standard deviation) instead of {mean['softmax']:.3f}.",
-            lower_loss=excess.mean + 2 * excess.error < 0,
+            lower_loss=excess.below,
             entropies_differ_more=mean["selective"] > mean["softmax"],
             few_parameters=new < NEW,
         )

@@ -142,5 +142,5 @@ class SuperAttention(LayerSystem):
             faster=all(ratio > 1 for ratio in faster.values()),
             optimised_on_par=excess["optimised"].mean <= bound,
             efficient_on_par=excess["efficient"].mean <= bound,
-            super_better=excess["super"].mean + 2 * excess["super"].error < 0,
+            super_better=excess["super"].below,
         )  # fmt: skip
